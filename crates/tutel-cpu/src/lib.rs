@@ -1,0 +1,39 @@
+//! The CPU kernels of Tutel's Mixture-of-Experts layer: safe functions over slices, one file an act.
+//!
+//! Every kernel cuts its work by the shapes alone and adds in a fixed order, so results have equal bits for every
+//! number of threads; who runs the pieces is the caller's business ([`Parallel`]). Outputs arrive uninitialised and
+//! every element of them is written exactly once. Arguments are checked first: a kernel either refuses them with a
+//! [`tutel_core::Error`] and has written nothing, or succeeds.
+//!
+//! `unsafe` stands in [`disjoint`] (writes from several threads) and in `arch` (calls below Rust's checks) only.
+#![deny(unsafe_code)]
+
+mod arch;
+mod assign_rows;
+mod combine;
+#[expect(unsafe_code, reason = "the one place where tasks on several threads share an output")]
+pub mod disjoint;
+mod dispatch;
+mod exponential;
+mod grouped_gemm;
+mod grouped_sum;
+mod lanes;
+mod operand;
+mod parallel;
+mod select_experts;
+mod select_experts_backward;
+
+pub use assign_rows::{AssignOutput, assign_rows};
+pub use combine::{combine, row_dot};
+pub use dispatch::dispatch;
+pub use exponential::Exponential;
+pub use grouped_gemm::{GroupedGemm, grouped_gemm, grouped_gemm_weight_grad};
+pub use grouped_sum::grouped_sum;
+pub use operand::Operand;
+pub use parallel::{Parallel, ScopedThreads, Serial};
+pub use select_experts::{SelectOutput, select_experts};
+pub use select_experts_backward::{SelectBackward, select_experts_backward};
+
+/// What a kernel computes with: the element types of tensors, each with its ways into the matrix product.
+pub trait Scalar: Operand<Accumulator: Exponential> {}
+impl<T: Operand<Accumulator: Exponential>> Scalar for T {}

@@ -1,0 +1,347 @@
+//! Every kernel against its naive twin: the error against the f64 reference is at most twice the error that the naive
+//! twin makes in the same type (and never more than a rounding of the largest value), for every element type and
+//! for shapes with odd sizes, empty experts and dropped choices; and results have equal bits for 1, 2 and 4 threads.
+use std::mem::MaybeUninit;
+
+use half::{bf16, f16};
+use proptest::prelude::*;
+use tutel_core::{Element, GroupedShape, Real, RoutePlan, RoutingShape, RowShape, ScoreFunction, reference};
+use tutel_cpu::{
+    AssignOutput, GroupedGemm, Parallel, Scalar, ScopedThreads, SelectBackward, SelectOutput, Serial,
+};
+
+fn written<T: Copy>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
+    let mut buffer = vec![MaybeUninit::uninit(); len];
+    write(&mut buffer);
+    // SAFETY: kernels write every element of their outputs; Miri and the comparisons below would see one left out.
+    buffer.into_iter().map(|element| unsafe { element.assume_init() }).collect()
+}
+
+/// A seeded stream of values with few significant bits, exact in every element type.
+struct Values(u64);
+
+impl Values {
+    fn next(&mut self, below: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % below
+    }
+    fn vec(&mut self, len: usize) -> Vec<f64> {
+        (0..len).map(|_| self.next(257) as f64 / 64.0 - 2.0).collect()
+    }
+}
+
+fn cast<T: Element>(values: &[f64]) -> Vec<T> {
+    values.iter().map(|&x| T::narrow(T::Accumulator::from_f64(x))).collect()
+}
+
+fn wide<T: Element>(values: &[T]) -> Vec<f64> {
+    values.iter().map(|x| x.widen().to_f64()).collect()
+}
+
+/// Rounds the naive twin's accumulators to the type, as the kernel does.
+fn rounded<T: Element>(values: &[T::Accumulator]) -> Vec<f64> {
+    values.iter().map(|&x| T::narrow(x).widen().to_f64()).collect()
+}
+
+fn assert_close<T: Element>(what: &str, ours: &[f64], naive: &[f64], truth: &[f64]) {
+    assert_eq!(ours.len(), truth.len(), "{what}");
+    let error = |values: &[f64]| values.iter().zip(truth).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    let largest = truth.iter().fold(0.0f64, |largest, x| largest.max(x.abs()));
+    // The naive twin may be lucky, and in f64 it is the reference itself: some roundings of values of magnitude 1 are free.
+    let roundings = T::EPSILON.max(4.0 * <A<T> as Element>::EPSILON).max(64.0 * f64::EPSILON);
+    let allowed = (2.0 * error(naive)).max(largest.max(1.0) * roundings);
+    assert!(error(ours) <= allowed, "{what}: error {:e}, allowed {allowed:e}", error(ours));
+}
+
+fn threads() -> [Box<dyn Parallel>; 3] {
+    [Box::new(Serial), Box::new(ScopedThreads(2)), Box::new(ScopedThreads(4))]
+}
+
+/// Runs a kernel with 1, 2 and 4 threads and asks for equal bits.
+fn on_threads<R: PartialEq + std::fmt::Debug>(run: impl Fn(&dyn Parallel) -> R) -> R {
+    let [one, two, four] = threads();
+    let result = run(&*one);
+    assert!(result == run(&*two), "2 threads give other bits");
+    assert!(result == run(&*four), "4 threads give other bits");
+    result
+}
+
+type SelectionOf<T> = (Vec<i32>, Vec<T>, Vec<T>, Vec<T>);
+
+fn select<T: Scalar>(
+    logits: &[T],
+    shape: RoutingShape,
+    function: ScoreFunction,
+    normalize: bool,
+    parallel: &dyn Parallel,
+) -> SelectionOf<T::Accumulator> {
+    let (mut weights, mut top_scores, mut score_sums) = (vec![], vec![], vec![]);
+    let ids = written(shape.choices(), |ids| {
+        weights = written(shape.choices(), |weights| {
+            top_scores = written(shape.tokens, |top_scores| {
+                score_sums = written(shape.experts, |score_sums| {
+                    let output = SelectOutput { ids, weights, top_scores, score_sums };
+                    tutel_cpu::select_experts(logits, shape, function, normalize, output, parallel).unwrap();
+                });
+            });
+        });
+    });
+    (ids, weights, top_scores, score_sums)
+}
+
+type A<T> = <T as Element>::Accumulator;
+
+fn check_select<T: Scalar>(shape: RoutingShape, function: ScoreFunction, normalize: bool, seed: u64) {
+    let logits = Values(seed).vec(shape.tokens * shape.experts);
+    let (logits, exact): (Vec<T>, Vec<f64>) = (cast(&logits), wide(&cast::<T>(&logits)));
+    let ours = on_threads(|parallel| select(&logits, shape, function, normalize, parallel));
+    let naive = reference::select_experts(&logits, shape, function, normalize);
+    let truth = reference::select_experts(&exact, shape, function, normalize);
+    assert_eq!(ours.0, truth.ids, "ids, ties to the lower one");
+    assert_close::<A<T>>("weights", &wide(&ours.1), &wide(&naive.weights), &truth.weights);
+    assert_close::<A<T>>("top_scores", &wide(&ours.2), &wide(&naive.top_scores), &truth.top_scores);
+    assert_close::<A<T>>("score_sums", &wide(&ours.3), &wide(&naive.score_sums), &truth.score_sums);
+
+    let mut values = Values(seed + 1);
+    let (grad_weights, grad_sums) = (values.vec(shape.choices()), values.vec(shape.experts));
+    let (narrow_weights, narrow_sums) = (cast::<A<T>>(&grad_weights), cast::<A<T>>(&grad_sums));
+    let grad = on_threads(|parallel| {
+        written(logits.len(), |output| {
+            let input = SelectBackward {
+                logits: &logits,
+                ids: &ours.0,
+                grad_weights: Some(&narrow_weights),
+                grad_score_sums: Some(&narrow_sums),
+                function,
+                normalize,
+            };
+            tutel_cpu::select_experts_backward(&input, shape, output, parallel).unwrap();
+        })
+    });
+    let (ids, f) = (&ours.0, function);
+    let naive =
+        reference::select_experts_backward(&logits, ids, &narrow_weights, &narrow_sums, shape, f, normalize);
+    let truth =
+        reference::select_experts_backward(&exact, ids, &grad_weights, &grad_sums, shape, f, normalize);
+    assert_close::<T>("grad_logits", &wide(&grad), &rounded::<T>(&naive), &truth);
+}
+
+fn plan_of(ids: &[i32], priority: Option<&[f64]>, shape: RoutingShape, capacity: Option<usize>) -> RoutePlan {
+    let mut plan = RoutePlan {
+        slots: vec![],
+        tokens_per_expert: vec![],
+        first_choices: vec![],
+        offsets: vec![],
+        row_index: vec![],
+        row_choice: vec![],
+    };
+    plan.slots = written(shape.choices(), |slots| {
+        plan.tokens_per_expert = written(shape.experts, |tokens_per_expert| {
+            plan.first_choices = written(shape.experts, |first_choices| {
+                plan.offsets = written(shape.experts + 1, |offsets| {
+                    plan.row_index = written(shape.choices(), |row_index| {
+                        plan.row_choice = written(shape.choices(), |row_choice| {
+                            let output = AssignOutput {
+                                slots,
+                                tokens_per_expert,
+                                first_choices,
+                                offsets,
+                                row_index,
+                                row_choice,
+                            };
+                            tutel_cpu::assign_rows(ids, priority, shape, capacity, output).unwrap();
+                        });
+                    });
+                });
+            });
+        });
+    });
+    plan
+}
+
+fn check_rows<T: Scalar>(plan: &RoutePlan, routing: RoutingShape, width: usize, weighted: bool, seed: u64) {
+    let shape = RowShape::new(routing.tokens, routing.choices(), width, routing.top_k).unwrap();
+    let mut values = Values(seed);
+    let tokens = cast::<T>(&values.vec(shape.tokens * width));
+    let rows = cast::<T>(&values.vec(shape.rows * width));
+    let weights = cast::<T::Accumulator>(&values.vec(shape.choices()));
+    let (exact_tokens, exact_rows, exact_weights) = (wide(&tokens), wide(&rows), wide(&weights));
+    let weights = weighted.then_some(&weights[..]);
+    let exact_weights = weighted.then_some(&exact_weights[..]);
+
+    let dispatched = on_threads(|parallel| {
+        written(rows.len(), |output| {
+            tutel_cpu::dispatch(&tokens, &plan.row_choice, weights, shape, output, parallel).unwrap();
+        })
+    });
+    let naive = reference::dispatch(&tokens, &plan.row_choice, weights, shape);
+    let truth = reference::dispatch(&exact_tokens, &plan.row_choice, exact_weights, shape);
+    assert_close::<T>("dispatch", &wide(&dispatched), &rounded::<T>(&naive), &truth);
+
+    let combined = on_threads(|parallel| {
+        written(tokens.len(), |output| {
+            tutel_cpu::combine(&rows, &plan.row_index, weights, shape, output, parallel).unwrap();
+        })
+    });
+    let naive = reference::combine(&rows, &plan.row_index, weights, shape);
+    let truth = reference::combine(&exact_rows, &plan.row_index, exact_weights, shape);
+    assert_close::<T>("combine", &wide(&combined), &rounded::<T>(&naive), &truth);
+
+    let dots = on_threads(|parallel| {
+        written(shape.choices(), |output| {
+            tutel_cpu::row_dot(&rows, &plan.row_index, &tokens, shape, output, parallel).unwrap();
+        })
+    });
+    let naive = reference::row_dot(&rows, &plan.row_index, &tokens, shape);
+    let truth = reference::row_dot(&exact_rows, &plan.row_index, &exact_tokens, shape);
+    assert_close::<T::Accumulator>("row_dot", &wide(&dots), &wide(&naive), &truth);
+}
+
+fn check_grouped<T: Scalar>(offsets: &[i64], shape: GroupedShape, transposed: bool, biased: bool, seed: u64) {
+    let GroupedShape { experts, rows, inner, outer } = shape;
+    let mut values = Values(seed);
+    let left = cast::<T>(&values.vec(rows * inner));
+    let right = cast::<T>(&values.vec(rows * outer));
+    let weight = cast::<T>(&values.vec(experts * inner * outer));
+    let bias = cast::<T>(&values.vec(experts * outer));
+    let (exact_left, exact_right) = (wide(&left), wide(&right));
+    let (exact_weight, exact_bias) = (wide(&weight), wide(&bias));
+    let bias = biased.then_some(&bias[..]);
+    let exact_bias = biased.then_some(&exact_bias[..]);
+
+    let product = on_threads(|parallel| {
+        written(rows * outer, |output| {
+            let input = GroupedGemm { rows: &left, weight: &weight, bias, offsets, transposed };
+            tutel_cpu::grouped_gemm(input, shape, output, parallel).unwrap();
+        })
+    });
+    let naive = reference::grouped_gemm(&left, &weight, bias, offsets, shape, transposed);
+    let truth = reference::grouped_gemm(&exact_left, &exact_weight, exact_bias, offsets, shape, transposed);
+    assert_close::<T>("grouped_gemm", &wide(&product), &rounded::<T>(&naive), &truth);
+
+    let grad = on_threads(|parallel| {
+        written(experts * inner * outer, |output| {
+            tutel_cpu::grouped_gemm_weight_grad(&left, &right, offsets, shape, output, parallel).unwrap();
+        })
+    });
+    let naive = reference::grouped_gemm_weight_grad(&left, &right, offsets, shape);
+    let truth = reference::grouped_gemm_weight_grad(&exact_left, &exact_right, offsets, shape);
+    assert_close::<T>("weight_grad", &wide(&grad), &rounded::<T>(&naive), &truth);
+
+    let sums = on_threads(|parallel| {
+        written(experts * inner, |output| {
+            tutel_cpu::grouped_sum(&left, offsets, (rows, inner), output, parallel).unwrap();
+        })
+    });
+    let naive = reference::grouped_sum(&left, offsets, inner);
+    let truth = reference::grouped_sum(&exact_left, offsets, inner);
+    assert_close::<T>("grouped_sum", &wide(&sums), &rounded::<T>(&naive), &truth);
+}
+
+macro_rules! every_type {
+    ($check:ident($($argument:expr),* $(,)?)) => {
+        $check::<f64>($($argument),*);
+        $check::<f32>($($argument),*);
+        $check::<bf16>($($argument),*);
+        $check::<f16>($($argument),*);
+    };
+}
+
+fn ids_of(shape: RoutingShape, skew: bool, holes: bool, seed: u64) -> Vec<i32> {
+    let mut values = Values(seed);
+    (0..shape.choices())
+        .map(|_| {
+            let id = if skew && values.next(10) > 0 { 0 } else { values.next(shape.experts as u64) as i32 };
+            if holes && values.next(7) == 0 { -1 } else { id }
+        })
+        .collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn selection(tokens in 0usize..70, experts in 1usize..40, k in 1usize..40, seed: u32, softmax: bool, normalize: bool) {
+        let shape = RoutingShape::new(tokens, experts, k.min(experts)).unwrap();
+        let function = if softmax { ScoreFunction::Softmax } else { ScoreFunction::Identity };
+        // Identity scores may sum to anything; they are normalised where they are positive only.
+        every_type!(check_select(shape, function, normalize && softmax, seed.into()));
+    }
+
+    #[test]
+    fn rows(
+        (tokens, experts, k) in (0usize..50, 1usize..9, 1usize..9),
+        width in 0usize..90, seed: u32, skew: bool, holes: bool, weighted: bool,
+        capacity in proptest::option::of(0usize..20), prioritized: bool,
+    ) {
+        let routing = RoutingShape::new(tokens, experts, k.min(experts)).unwrap();
+        let ids = ids_of(routing, skew, holes, seed.into());
+        let mut priority = Values(seed.into()).vec(tokens);
+        priority.iter_mut().step_by(11).for_each(|value| *value = f64::NAN);
+        let priority = prioritized.then_some(&priority[..]);
+        let plan = plan_of(&ids, priority, routing, capacity);
+        prop_assert_eq!(&plan, &reference::assign_rows(&ids, priority, routing, capacity).unwrap());
+        every_type!(check_rows(&plan, routing, width, weighted, seed.into()));
+    }
+
+    #[test]
+    fn grouped(
+        counts in proptest::collection::vec(0i64..40, 1..6), tail in 0usize..9,
+        inner in 0usize..80, outer in 1usize..80, seed: u32, transposed: bool, biased: bool,
+    ) {
+        let offsets: Vec<i64> = std::iter::once(0)
+            .chain(counts.iter().scan(0, |sum, count| { *sum += count; Some(*sum) }))
+            .collect();
+        let rows = offsets[counts.len()] as usize + tail;
+        let shape = GroupedShape::new(counts.len(), rows, inner, outer).unwrap();
+        every_type!(check_grouped(&offsets, shape, transposed, biased, seed.into()));
+    }
+}
+
+#[test]
+fn grouped_products_larger_than_a_block() {
+    let shape = GroupedShape::new(2, 700, 130, 530).unwrap();
+    for transposed in [false, true] {
+        every_type!(check_grouped(&[0, 1, 690], shape, transposed, true, 3));
+    }
+}
+
+#[test]
+fn many_rows_wider_than_a_task() {
+    let routing = RoutingShape::new(700, 5, 3).unwrap();
+    let plan = plan_of(&ids_of(routing, true, false, 9), None, routing, Some(300));
+    every_type!(check_rows(&plan, routing, 2049, true, 4));
+    every_type!(check_select(RoutingShape::new(513, 300, 7).unwrap(), ScoreFunction::Softmax, true, 5));
+}
+
+#[test]
+fn a_token_alone_has_the_bits_it_has_in_a_batch() {
+    let (inner, outer) = (777, 130);
+    let mut values = Values(11);
+    let rows = cast::<f32>(&values.vec(40 * inner));
+    let weight = cast::<f32>(&values.vec(inner * outer));
+    let product = |rows: &[f32]| {
+        let count = rows.len() / inner;
+        let shape = GroupedShape::new(1, count, inner, outer).unwrap();
+        let offsets = [0, count as i64];
+        let input = GroupedGemm { rows, weight: &weight, bias: None, offsets: &offsets, transposed: true };
+        written(count * outer, |output| tutel_cpu::grouped_gemm(input, shape, output, &Serial).unwrap())
+    };
+    let (batch, pair, alone) = (product(&rows), product(&rows[..2 * inner]), product(&rows[..inner]));
+    assert_eq!(alone, pair[..outer]);
+    assert_eq!(alone, batch[..outer]);
+}
+
+#[test]
+fn nan_and_infinity_stay_with_their_token() {
+    let shape = RoutingShape::new(4, 5, 2).unwrap();
+    let mut logits = Values(2).vec(20);
+    let clean = select::<f64>(&logits, shape, ScoreFunction::Softmax, true, &Serial);
+    logits[3] = f64::NAN;
+    logits[7] = f64::INFINITY;
+    let marked = select::<f64>(&logits, shape, ScoreFunction::Softmax, true, &Serial);
+    assert_eq!(marked.0[0], 3, "NaN counts as the largest logit");
+    assert!(marked.0.iter().all(|&id| (0..5).contains(&id)));
+    assert!(marked.1[..4].iter().all(|weight| weight.is_nan()));
+    assert_eq!((&marked.0[4..], &marked.1[4..]), (&clean.0[4..], &clean.1[4..]));
+}
