@@ -3,9 +3,7 @@ use half::{bf16, f16};
 use num_traits::Float;
 
 /// A type that sums are accumulated in and routing weights are kept in: f32, or f64 for f64 tensors.
-pub trait Real:
-    Float + Element<Accumulator = Self> + std::ops::AddAssign + std::iter::Sum + Send + Sync
-{
+pub trait Real: Float + Element<Accumulator = Self> + std::ops::AddAssign + std::iter::Sum + Send + Sync {
     /// Rounds to this type.
     fn from_f64(value: f64) -> Self;
     /// Exact.

@@ -30,6 +30,12 @@ pub enum Error {
         /// E.
         experts: usize,
     },
+    /// Expert ids are 32-bit integers.
+    #[error("at most {} experts are supported, got {experts}", i32::MAX)]
+    TooManyExperts {
+        /// E as given.
+        experts: usize,
+    },
     /// An index outside its range.
     #[error("{argument}[{position}] is {value}, allowed are {allowed}")]
     Index {

@@ -4,9 +4,7 @@
 //! error plain arithmetic makes there. Arguments are as in the kernels of `tutel-cpu`, sizes are trusted.
 use num_traits::{Float, One, Zero};
 
-use crate::{
-    Element, Error, GroupedShape, NOT_ROUTED, Real, RoutePlan, RoutingShape, RowShape, ScoreFunction,
-};
+use crate::{Element, Error, GroupedShape, NOT_ROUTED, Real, RoutePlan, RoutingShape, RowShape, ScoreFunction};
 
 /// What [`select_experts`] finds for each token.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,8 +61,7 @@ pub fn select_experts<T: Element>(
 ) -> Selection<T::Accumulator> {
     let RoutingShape { experts, top_k, .. } = shape;
     let zero = T::Accumulator::zero();
-    let mut found =
-        Selection { ids: vec![], weights: vec![], top_scores: vec![], score_sums: vec![zero; experts] };
+    let mut found = Selection { ids: vec![], weights: vec![], top_scores: vec![], score_sums: vec![zero; experts] };
     for row in logits.chunks_exact(experts) {
         let keys: Vec<T::Accumulator> = row.iter().map(|x| x.widen()).collect();
         let scores = scores_of(row, function);
@@ -238,20 +235,14 @@ pub fn combine<T: Element>(
 
 /// `output[t, j] = rows[row_index[t, j]] . tokens[t]`; zero where the choice is dropped.
 #[must_use]
-pub fn row_dot<T: Element>(
-    rows: &[T],
-    row_index: &[i64],
-    tokens: &[T],
-    shape: RowShape,
-) -> Vec<T::Accumulator> {
+pub fn row_dot<T: Element>(rows: &[T], row_index: &[i64], tokens: &[T], shape: RowShape) -> Vec<T::Accumulator> {
     let mut output = Vec::new();
     for (choice, &row) in row_index.iter().enumerate() {
         let mut sum = T::Accumulator::zero();
         if row >= 0 {
             for column in 0..shape.width {
                 let token = choice / shape.top_k;
-                sum += rows[row as usize * shape.width + column].widen()
-                    * tokens[token * shape.width + column].widen();
+                sum += rows[row as usize * shape.width + column].widen() * tokens[token * shape.width + column].widen();
             }
         }
         output.push(sum);

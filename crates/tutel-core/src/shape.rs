@@ -15,11 +15,14 @@ pub struct RoutingShape {
 }
 
 impl RoutingShape {
-    /// Checks 1 <= K <= E and that `[T, E]` fits in memory.
+    /// Checks 1 <= K <= E, that ids of E experts fit in int32, and that `[T, E]` fits in memory.
     ///
     /// # Errors
-    /// [`Error::TopK`] or [`Error::Overflow`].
+    /// [`Error::TopK`], [`Error::TooManyExperts`] or [`Error::Overflow`].
     pub fn new(tokens: usize, experts: usize, top_k: usize) -> Result<Self, Error> {
+        if i32::try_from(experts).is_err() {
+            return Err(Error::TooManyExperts { experts });
+        }
         if top_k == 0 || top_k > experts {
             return Err(Error::TopK { top_k, experts });
         }
@@ -194,9 +197,6 @@ mod tests {
         let shape = RowShape::new(2, 3, 4, 2).unwrap();
         assert!(shape.check_row_index(&[0, -1, 2, 1]).is_ok());
         let error = shape.check_row_index(&[0, 3, -2, 1]).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "row_index[1] is 3, allowed are -1 (none) and 0 up to, not including, 3"
-        );
+        assert_eq!(error.to_string(), "row_index[1] is 3, allowed are -1 (none) and 0 up to, not including, 3");
     }
 }

@@ -62,8 +62,7 @@ pub fn assign_rows<A: Real>(
             let token = order.as_ref().map_or(place, |order| order[place]);
             let position = token * top_k + choice;
             if let Some(expert) = expert_of(ids, position, experts)? {
-                slots[position] =
-                    i32::try_from(counts[expert]).map_err(|_| Error::SlotOverflow { expert })?;
+                slots[position] = i32::try_from(counts[expert]).map_err(|_| Error::SlotOverflow { expert })?;
                 counts[expert] += 1;
             }
         }

@@ -47,13 +47,7 @@ impl<'a, T> Chunks<'a, T> {
     /// When the chunks do not cover the buffer.
     pub fn new(buffer: &'a mut [T], chunk: usize, chunks: usize) -> Self {
         assert!(chunk.saturating_mul(chunks) >= buffer.len(), "the chunks do not cover the buffer");
-        Self {
-            start: buffer.as_mut_ptr(),
-            len: buffer.len(),
-            chunk,
-            claims: Claims::new(chunks),
-            buffer: PhantomData,
-        }
+        Self { start: buffer.as_mut_ptr(), len: buffer.len(), chunk, claims: Claims::new(chunks), buffer: PhantomData }
     }
 
     /// The chunk of that index.
@@ -88,21 +82,13 @@ impl<'a, T> Tiles<'a, T> {
     ///
     /// # Panics
     /// When the row blocks overlap or leave the matrix, or the column block is 0.
-    pub fn new(
-        buffer: &'a mut [T],
-        columns: usize,
-        row_blocks: Vec<Range<usize>>,
-        column_block: usize,
-    ) -> Self {
+    pub fn new(buffer: &'a mut [T], columns: usize, row_blocks: Vec<Range<usize>>, column_block: usize) -> Self {
         let mut free = 0;
         for block in &row_blocks {
             assert!(free <= block.start && block.start <= block.end, "row blocks overlap");
             free = block.end;
         }
-        assert!(
-            free.checked_mul(columns).is_some_and(|end| end <= buffer.len()),
-            "row blocks leave the matrix"
-        );
+        assert!(free.checked_mul(columns).is_some_and(|end| end <= buffer.len()), "row blocks leave the matrix");
         let tiles = row_blocks.len() * columns.div_ceil(column_block);
         let start = buffer.as_mut_ptr();
         Self { start, columns, row_blocks, column_block, claims: Claims::new(tiles), buffer: PhantomData }

@@ -102,8 +102,7 @@ pub fn grouped_gemm<T: Scalar>(
     row_blocks.extend(blocks_of(last..rows, T::BLOCK).map(|block| (None, block)));
 
     let column_block = column_block(row_blocks.len(), outer, T::BLOCK);
-    let tiles =
-        Tiles::new(output, outer, row_blocks.iter().map(|(_, rows)| rows.clone()).collect(), column_block);
+    let tiles = Tiles::new(output, outer, row_blocks.iter().map(|(_, rows)| rows.clone()).collect(), column_block);
     each_task(parallel, tiles.len(), &|claimed| {
         let mut scratch = Scratch::<T>::new();
         for task in claimed {
@@ -174,8 +173,7 @@ pub fn grouped_gemm_weight_grad<T: Scalar>(
     for expert in 0..experts {
         blocks.extend(blocks_of(0..inner, T::BLOCK).map(|block| (expert, block)));
     }
-    let matrix_rows =
-        blocks.iter().map(|(e, block)| e * inner + block.start..e * inner + block.end).collect();
+    let matrix_rows = blocks.iter().map(|(e, block)| e * inner + block.start..e * inner + block.end).collect();
     let tiles = Tiles::new(output, outer, matrix_rows, column_block(blocks.len(), outer, T::BLOCK));
     each_task(parallel, tiles.len(), &|claimed| {
         let mut scratch = Scratch::<T>::new();

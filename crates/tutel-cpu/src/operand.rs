@@ -57,10 +57,7 @@ pub trait Operand: Element {
     const DEPTH: usize;
 
     /// The block in the accumulator type; half types are widened into `scratch`.
-    fn widened<'a>(
-        block: View<'a, Self>,
-        scratch: &'a mut Vec<Self::Accumulator>,
-    ) -> View<'a, Self::Accumulator>;
+    fn widened<'a>(block: View<'a, Self>, scratch: &'a mut Vec<Self::Accumulator>) -> View<'a, Self::Accumulator>;
 }
 
 macro_rules! as_it_stands {

@@ -99,10 +99,7 @@ pub(crate) fn score<A: Exponential>(row: &mut [A], function: ScoreFunction, larg
 }
 
 /// What the chosen scores are divided by: their sum, at least the logits' epsilon.
-pub(crate) fn divisor<T: Element>(
-    chosen: impl Iterator<Item = T::Accumulator>,
-    normalize: bool,
-) -> T::Accumulator {
+pub(crate) fn divisor<T: Element>(chosen: impl Iterator<Item = T::Accumulator>, normalize: bool) -> T::Accumulator {
     let least = T::Accumulator::from_f64(T::EPSILON);
     if !normalize {
         return T::Accumulator::one();

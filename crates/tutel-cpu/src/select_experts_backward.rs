@@ -48,13 +48,7 @@ impl<T: Scalar> SelectBackward<'_, T> {
     }
 
     /// Adds the gradient that reaches the chosen scores through the weights.
-    fn add_weight_grad(
-        &self,
-        token: usize,
-        top_k: usize,
-        scores: &[T::Accumulator],
-        grad: &mut [T::Accumulator],
-    ) {
+    fn add_weight_grad(&self, token: usize, top_k: usize, scores: &[T::Accumulator], grad: &mut [T::Accumulator]) {
         let Some(grad_weights) = self.grad_weights else { return };
         let choices = token * top_k..(token + 1) * top_k;
         let (ids, grad_weights) = (&self.ids[choices.clone()], &grad_weights[choices]);

@@ -6,9 +6,7 @@ use std::mem::MaybeUninit;
 use half::{bf16, f16};
 use proptest::prelude::*;
 use tutel_core::{Element, GroupedShape, Real, RoutePlan, RoutingShape, RowShape, ScoreFunction, reference};
-use tutel_cpu::{
-    AssignOutput, GroupedGemm, Parallel, Scalar, ScopedThreads, SelectBackward, SelectOutput, Serial,
-};
+use tutel_cpu::{AssignOutput, GroupedGemm, Parallel, Scalar, ScopedThreads, SelectBackward, SelectOutput, Serial};
 
 fn written<T: Copy>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
     let mut buffer = vec![MaybeUninit::uninit(); len];
@@ -119,10 +117,8 @@ fn check_select<T: Scalar>(shape: RoutingShape, function: ScoreFunction, normali
         })
     });
     let (ids, f) = (&ours.0, function);
-    let naive =
-        reference::select_experts_backward(&logits, ids, &narrow_weights, &narrow_sums, shape, f, normalize);
-    let truth =
-        reference::select_experts_backward(&exact, ids, &grad_weights, &grad_sums, shape, f, normalize);
+    let naive = reference::select_experts_backward(&logits, ids, &narrow_weights, &narrow_sums, shape, f, normalize);
+    let truth = reference::select_experts_backward(&exact, ids, &grad_weights, &grad_sums, shape, f, normalize);
     assert_close::<T>("grad_logits", &wide(&grad), &rounded::<T>(&naive), &truth);
 }
 

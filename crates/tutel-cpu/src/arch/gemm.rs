@@ -29,12 +29,7 @@ impl<A> Factor<'_, A> {
 ///
 /// A product with one row would take a path of the crate that adds in another order than products with more rows; it
 /// is computed with its row twice, so that a token's bits do not change when it is alone.
-pub(crate) fn multiply<A: Real>(
-    output: &mut [A],
-    left: Factor<'_, A>,
-    right: Factor<'_, A>,
-    accumulate: bool,
-) {
+pub(crate) fn multiply<A: Real>(output: &mut [A], left: Factor<'_, A>, right: Factor<'_, A>, accumulate: bool) {
     let (rows, inner, columns) = (left.rows(), left.columns(), right.columns());
     assert_eq!(inner, right.rows(), "inner sizes of a product");
     assert_eq!(output.len(), rows * columns, "size of a product");

@@ -1,0 +1,47 @@
+//! What every operator asks of its arguments.
+use torch_stable::{Element, Error, Tensor};
+use tutel_core::ScoreFunction;
+
+/// Sizes of a tensor of known rank.
+pub(crate) fn sizes_of<const RANK: usize>(tensor: &Tensor, argument: &str) -> Result<[usize; RANK], Error> {
+    let sizes = tensor.sizes();
+    let wrong = || Error::kernel(format!("{argument} must have {RANK} dimensions, got shape {sizes:?}"));
+    let sizes: [i64; RANK] = sizes.try_into().map_err(|_| wrong())?;
+    let mut checked = [0; RANK];
+    for (checked, size) in checked.iter_mut().zip(sizes) {
+        *checked = usize::try_from(size).map_err(|_| wrong())?;
+    }
+    Ok(checked)
+}
+
+/// Two sizes that must agree.
+pub(crate) fn same_size(what: &str, left: usize, right: usize) -> Result<(), Error> {
+    if left == right { Ok(()) } else { Err(Error::kernel(format!("{what} must agree, got {left} and {right}"))) }
+}
+
+/// A size that Python passed as an integer.
+pub(crate) fn size_argument(value: i64, argument: &str) -> Result<usize, Error> {
+    usize::try_from(value).map_err(|_| Error::kernel(format!("{argument} must not be negative, got {value}")))
+}
+
+/// The elements of a tensor, or an error that names the argument.
+pub(crate) fn slice_of<'a, T: Element>(tensor: &'a Tensor, argument: &str) -> Result<&'a [T], Error> {
+    tensor.as_slice().map_err(|error| Error::kernel(format!("{argument}: {error}")))
+}
+
+/// The elements of a tensor that may be missing.
+pub(crate) fn optional_slice<'a, T: Element>(
+    tensor: Option<&'a Tensor>,
+    argument: &str,
+) -> Result<Option<&'a [T]>, Error> {
+    tensor.map(|tensor| slice_of(tensor, argument)).transpose()
+}
+
+/// Kernels' own errors.
+pub(crate) fn refused(error: tutel_core::Error) -> Error {
+    Error::kernel(error)
+}
+
+pub(crate) fn score_function(softmax: bool) -> ScoreFunction {
+    if softmax { ScoreFunction::Softmax } else { ScoreFunction::Identity }
+}

@@ -1,0 +1,22 @@
+"""The operators with their gradients: plain functions of tensors, each checked, differentiable and compilable.
+
+Symbols: T tokens, D their width, E experts, K choices a token, R rows (R = T * K).
+"""
+
+from tutel.functional._operators import accumulator_dtype
+from tutel.functional.assign_rows import RowAssignment, assign_rows
+from tutel.functional.combine import combine
+from tutel.functional.dispatch import dispatch
+from tutel.functional.grouped_gemm import grouped_gemm
+from tutel.functional.select_experts import Selection, select_experts
+
+__all__ = [
+    "RowAssignment",
+    "Selection",
+    "accumulator_dtype",
+    "assign_rows",
+    "combine",
+    "dispatch",
+    "grouped_gemm",
+    "select_experts",
+]
