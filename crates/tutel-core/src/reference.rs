@@ -187,6 +187,38 @@ pub fn assign_rows(
     Ok(RoutePlan { slots, tokens_per_expert, first_choices, offsets, row_index, row_choice })
 }
 
+/// Row of each choice, and choice of each row, where every expert owns `capacity` rows: `(row_index, row_choice)`.
+#[must_use]
+pub fn padded_rows(ids: &[i32], slots: &[i32], shape: RoutingShape, capacity: usize) -> (Vec<i64>, Vec<i64>) {
+    let mut row_index = vec![NOT_ROUTED; shape.choices()];
+    let mut row_choice = vec![NOT_ROUTED; shape.experts * capacity];
+    for position in 0..shape.choices() {
+        if ids[position] >= 0 && slots[position] >= 0 && (slots[position] as usize) < capacity {
+            let row = ids[position] as usize * capacity + slots[position] as usize;
+            row_index[position] = row as i64;
+            row_choice[row] = position as i64;
+        }
+    }
+    (row_index, row_choice)
+}
+
+/// Cumulative sums of a `[rows, columns]` mask, minus 1: down the columns, or along the rows.
+#[must_use]
+pub fn prefix_count(mask: &[i64], rows: usize, columns: usize, along_rows: bool) -> Vec<i64> {
+    let mut output = mask.to_vec();
+    for row in 0..rows {
+        for column in 0..columns {
+            let before = if along_rows {
+                column.checked_sub(1).map(|column| output[row * columns + column])
+            } else {
+                row.checked_sub(1).map(|row| output[row * columns + column])
+            };
+            output[row * columns + column] += before.unwrap_or(-1);
+        }
+    }
+    output
+}
+
 /// `rows[r] = weights[c] * tokens[c / K]` with `c = row_choice[r]`; zero where there is none.
 #[must_use]
 pub fn dispatch<T: Element>(

@@ -89,7 +89,7 @@ pub fn assign_rows<A: Real>(
     Ok(())
 }
 
-fn expert_of(ids: &[i32], position: usize, experts: usize) -> Result<Option<usize>, Error> {
+pub(crate) fn expert_of(ids: &[i32], position: usize, experts: usize) -> Result<Option<usize>, Error> {
     let id = ids[position];
     match usize::try_from(id) {
         Ok(expert) if expert < experts => Ok(Some(expert)),

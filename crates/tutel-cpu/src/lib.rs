@@ -19,7 +19,9 @@ mod grouped_gemm;
 mod grouped_sum;
 mod lanes;
 mod operand;
+mod padded_rows;
 mod parallel;
+mod prefix_count;
 mod select_experts;
 mod select_experts_backward;
 
@@ -30,7 +32,9 @@ pub use exponential::Exponential;
 pub use grouped_gemm::{GroupedGemm, grouped_gemm, grouped_gemm_weight_grad};
 pub use grouped_sum::grouped_sum;
 pub use operand::Operand;
+pub use padded_rows::padded_rows;
 pub use parallel::{Parallel, ScopedThreads, Serial};
+pub use prefix_count::{Along, prefix_count};
 pub use select_experts::{SelectOutput, select_experts};
 pub use select_experts_backward::{SelectBackward, select_experts_backward};
 

@@ -6,7 +6,9 @@ use std::mem::MaybeUninit;
 use half::{bf16, f16};
 use proptest::prelude::*;
 use tutel_core::{Element, GroupedShape, Real, RoutePlan, RoutingShape, RowShape, ScoreFunction, reference};
-use tutel_cpu::{AssignOutput, GroupedGemm, Parallel, Scalar, ScopedThreads, SelectBackward, SelectOutput, Serial};
+use tutel_cpu::{
+    Along, AssignOutput, GroupedGemm, Parallel, Scalar, ScopedThreads, SelectBackward, SelectOutput, Serial,
+};
 
 fn written<T: Copy>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
     let mut buffer = vec![MaybeUninit::uninit(); len];
@@ -278,6 +280,30 @@ proptest! {
         let plan = plan_of(&ids, priority, routing, capacity);
         prop_assert_eq!(&plan, &reference::assign_rows(&ids, priority, routing, capacity).unwrap());
         every_type!(check_rows(&plan, routing, width, weighted, seed.into()));
+
+        let padded = capacity.unwrap_or(3);
+        let mut row_index = vec![];
+        let row_choice = written(experts * padded, |row_choice| {
+            row_index = written(routing.choices(), |row_index| {
+                tutel_cpu::padded_rows(&ids, &plan.slots, routing, padded, row_index, row_choice).unwrap();
+            });
+        });
+        prop_assert_eq!((row_index, row_choice), reference::padded_rows(&ids, &plan.slots, routing, padded));
+    }
+
+    #[test]
+    fn counts(rows in 0usize..300, columns in 0usize..150, seed: u32) {
+        let mut values = Values(seed.into());
+        let mask: Vec<i32> = (0..rows * columns).map(|_| values.next(3) as i32 - 1).collect();
+        let exact: Vec<i64> = mask.iter().map(|&value| value.into()).collect();
+        for along in [Along::Columns, Along::Rows] {
+            let ours = on_threads(|parallel| {
+                written(mask.len(), |output| {
+                    tutel_cpu::prefix_count(&mask, (rows, columns), along, output, parallel).unwrap();
+                })
+            });
+            prop_assert_eq!(ours, reference::prefix_count(&exact, rows, columns, along == Along::Rows));
+        }
     }
 
     #[test]

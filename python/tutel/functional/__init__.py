@@ -8,6 +8,8 @@ from tutel.functional.assign_rows import RowAssignment, assign_rows
 from tutel.functional.combine import combine
 from tutel.functional.dispatch import dispatch
 from tutel.functional.grouped_gemm import grouped_gemm
+from tutel.functional.padded_rows import padded_rows
+from tutel.functional.prefix_count import prefix_count
 from tutel.functional.select_experts import Selection, select_experts
 
 __all__ = [
@@ -18,5 +20,7 @@ __all__ = [
     "combine",
     "dispatch",
     "grouped_gemm",
+    "padded_rows",
+    "prefix_count",
     "select_experts",
 ]

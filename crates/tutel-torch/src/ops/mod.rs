@@ -5,6 +5,8 @@ mod dispatch;
 mod grouped_gemm;
 mod grouped_gemm_weight_grad;
 mod grouped_sum;
+mod padded_rows;
+mod prefix_count;
 mod row_dot;
 mod select_experts;
 mod select_experts_backward;
@@ -31,5 +33,7 @@ pub(crate) fn register(libtorch_cpu: &Path) -> Result<AbiVersion, Error> {
     add::<grouped_gemm::GroupedGemm>(&library)?;
     add::<grouped_gemm_weight_grad::GroupedGemmWeightGrad>(&library)?;
     add::<grouped_sum::GroupedSum>(&library)?;
+    add::<padded_rows::PaddedRows>(&library)?;
+    add::<prefix_count::PrefixCount>(&library)?;
     Ok(version)
 }
