@@ -1,6 +1,7 @@
 """Every environment variable that tutel reads, each with its meaning. Nothing else reads the environment."""
 
 import os
+from dataclasses import dataclass
 
 from tutel.errors import one_of
 
@@ -13,6 +14,18 @@ def _number(name: str, default: float) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"environment variable {name} must be a number, got {text!r}") from None
+
+
+def _integer(names: tuple[str, ...], default: int) -> int:
+    """Return the first of several variables that is set."""
+    for name in names:
+        text = os.environ.get(name, "")
+        if text:
+            try:
+                return int(text)
+            except ValueError:
+                raise ValueError(f"environment variable {name} must be an integer, got {text!r}") from None
+    return default
 
 
 def _switch(name: str) -> bool:
@@ -32,6 +45,63 @@ def batch_prioritized_routing() -> bool:
     return _switch("BATCH_PRIO")
 
 
+def skip_moe() -> bool:
+    """``SKIP_MOE=1``: layers return their input (to measure what surrounds them)."""
+    return _switch("SKIP_MOE")
+
+
+def skip_expert() -> bool:
+    """``SKIP_EXPERT=1``: experts return their rows (to measure routing, dispatch and combine)."""
+    return _switch("SKIP_EXPERT")
+
+
+def ones_gate() -> bool:
+    """``ONES_GATE=1``: all routing weights are 1."""
+    return _switch("ONES_GATE")
+
+
 def local_rank() -> int:
-    """``LOCAL_RANK``: which device of this host a process uses, as launchers set it (default 0)."""
-    return int(_number("LOCAL_RANK", 0))
+    """``LOCAL_RANK``: which device of this host a process uses, see :func:`launch` (default 0)."""
+    return launch().local_rank
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher says about this process; one process alone where there was none.
+
+    Attributes:
+        rank: ``RANK`` or ``OMPI_COMM_WORLD_RANK``: number of this process, from 0.
+        world_size: ``WORLD_SIZE`` or ``OMPI_COMM_WORLD_SIZE``: number of processes.
+        local_rank: ``LOCAL_RANK`` or ``OMPI_COMM_WORLD_LOCAL_RANK``: number of this process on its host.
+        local_size: ``LOCAL_WORLD_SIZE``, ``LOCAL_SIZE`` or ``OMPI_COMM_WORLD_LOCAL_SIZE``: processes of this host.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+
+
+def launch() -> Launch:
+    """Read where the launcher placed this process: torch's variables, or else Open MPI's.
+
+    A negative ``LOCAL_RANK``, which some programs set for "no launcher", counts as 0.
+
+    Raises:
+        ValueError: If a variable is no integer, or rank and size contradict each other.
+    """
+    world_size = _integer(("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"), 1)
+    rank = _integer(("RANK", "OMPI_COMM_WORLD_RANK"), 0)
+    if not 0 <= rank < world_size:
+        raise ValueError(
+            f"the environment says rank {rank} of {world_size} processes (RANK and WORLD_SIZE, or OMPI_COMM_WORLD_RANK "
+            "and OMPI_COMM_WORLD_SIZE): a rank is at least 0 and below the number of processes"
+        )
+    local_rank = _integer(("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"), 0)
+    local_size = _integer(("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"), 1)
+    return Launch(rank, world_size, max(local_rank, 0), max(1, min(local_size, world_size)))
+
+
+def numa_type() -> int:
+    """``NUMA_TYPE``: n binds n neighbouring local ranks to each NUMA node in turn; 0 binds nothing (default 1)."""
+    return _integer(("NUMA_TYPE",), 1)

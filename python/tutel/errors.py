@@ -1,6 +1,6 @@
 """Checks of arguments: each error names the argument, the value seen and what is allowed."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -112,3 +112,25 @@ def check_keys(name: str, options: Collection[str], allowed: Collection[str]) ->
         raise ValueError(
             f"{name} has unknown option {', '.join(map(repr, unknown))}; allowed are {one_of(sorted(allowed))}"
         )
+
+
+def check_dict(name: str, options: object) -> Mapping[str, Any]:
+    """Check that options are a dict with string keys.
+
+    Raises:
+        TypeError: If they are not.
+    """
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+        raise TypeError(f"{name} must be a dict with string keys, got {options!r}")
+    return options
+
+
+def check_callable(name: str, value: Any) -> Any:
+    """Check that a value can be called.
+
+    Raises:
+        TypeError: If it cannot.
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {value!r}")
+    return value

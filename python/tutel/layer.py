@@ -11,36 +11,36 @@ Symbols: T tokens, D model_dim, E experts, K choices a token, R = T * K rows, C 
 """
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from tutel import env
-from tutel.config import GateConfig, RoutingConfig, ffn_config, gate_configs, resolve_expert_count
+from tutel import config, env
+from tutel.config import CustomGateConfig, LinearGateConfig, MegatronGateConfig, RoutingConfig
 from tutel.dispatcher import LocalDispatcher
-from tutel.errors import check_bool, check_int, check_keys, check_number, check_tensor
-from tutel.experts import FFNExperts
-from tutel.gates import Gate, LinearGate
-from tutel.losses import gshard_loss
+from tutel.errors import check_bool, check_callable, check_int, check_number, check_tensor
+from tutel.experts import ExpertContext, compute_experts, make_experts, takes_padded
+from tutel.experts.loading import prepare_state
+from tutel.gates import add_noise, gate_logits, make_gate
+from tutel.losses import gshard_loss, load_importance_loss
 from tutel.route import RoutePlan, route
 from tutel.sync import LocalSync
-
-_DEPRECATED = {
-    "pad_samples": "batches may have any size now",
-    "fp32_gate": "set 'fp32_gate' in gate_type",
-}
+from tutel.tensor_parallel import compute_dense
 
 
 class MOELayer(nn.Module):
     """A Mixture-of-Experts layer: each token is computed by the few experts that its gate chooses.
 
+    Every option, its default and its meaning: docs/options.md.
+
     Args:
         gate_type: A dict {'type': 'top', 'k': 2, ...}, or a list of them to choose from at each forward.
         model_dim: D, width of a token.
-        experts: A dict {'type': 'ffn', 'count_per_node': 2, 'hidden_size_per_expert': 2048, 'activation_fn': ...}.
+        experts: A dict {'type': 'ffn', 'count_per_node': 2, 'hidden_size_per_expert': 2048, 'activation_fn': ...}, or
+            one ``nn.Module`` an expert: a module, a list, an ``nn.ModuleList``.
         scan_expert_func: Called as f(name, parameter) for each parameter of the local experts.
         result_func: Formats the output: its result is what forward returns. ``output.l_aux`` is the auxiliary loss.
         group: Process group of the ranks that share the experts.
@@ -50,7 +50,7 @@ class MOELayer(nn.Module):
         is_postscore: Weights multiply the experts' outputs, or else their inputs.
         batch_prioritized_routing: Serve tokens in descending order of their largest score, where a gate does not say.
         normalize_gate: Divide a token's weights by their sum (K > 1).
-        is_gshard_loss: The auxiliary loss is GShard's.
+        is_gshard_loss: The auxiliary loss is GShard's, or else the load-importance loss (which needs gate_noise > 0).
         parallel_type: How ranks that share an expert divide it: 'data', 'model', 'auto' or 'adaptive:r'.
         use_2dh: Exchange inside nodes first, then across.
 
@@ -58,7 +58,7 @@ class MOELayer(nn.Module):
         l_aux: Auxiliary loss of the last forward, None before the first.
         dispatch_count: [E] int64, tokens that chose each expert in the last forward, dropped ones included.
         experts: The local experts.
-        gates: The gates.
+        gates: The gates; their ``top_k``, ``capacity_factor`` and ``gate_noise`` may be changed between forwards.
 
     Raises:
         TypeError: If an option has the wrong type.
@@ -66,13 +66,14 @@ class MOELayer(nn.Module):
     """
 
     l_aux: Tensor | None
+    dispatch_count: Tensor | None
     _num_global_experts: Tensor
 
     def __init__(
         self,
         gate_type: Any,
         model_dim: int,
-        experts: Mapping[str, Any],
+        experts: Any,
         scan_expert_func: Callable[[str, nn.Parameter], object] | None = None,
         result_func: Callable[[Tensor], Any] | None = None,
         group: Any = None,
@@ -87,51 +88,78 @@ class MOELayer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        _warn_deprecated(kwargs)
         _require_one_rank(group)
         self.group = group
         self.world_size = 1
         self.model_dim = check_int("model_dim", model_dim, at_least=1)
         self.is_postscore = check_bool("is_postscore", is_postscore)
+        self.is_gshard_loss = check_bool("is_gshard_loss", is_gshard_loss)
         self.use_2dh = check_bool("use_2dh", use_2dh)
         self.a2a_ffn_overlap_degree = check_int("a2a_ffn_overlap_degree", a2a_ffn_overlap_degree, at_least=1)
-        if not check_bool("is_gshard_loss", is_gshard_loss):
-            raise NotImplementedError("is_gshard_loss=False (the load-importance loss) is not implemented yet")
-        prioritized = (
-            env.batch_prioritized_routing()
-            if batch_prioritized_routing is None
-            else (check_bool("batch_prioritized_routing", batch_prioritized_routing))
-        )
-        gates = gate_configs(gate_type, normalize=check_bool("normalize_gate", normalize_gate), prioritized=prioritized)
-        self.num_local_experts, self.sharded_count = resolve_expert_count(
-            gate_type, experts, world_size=self.world_size
-        )
-        self.num_global_experts = self.global_expert_count(self.num_local_experts, group)
-        self.valid_rs = [0, 1]
-        self.adaptive_degree = _parallel_degree(parallel_type, self.sharded_count)
-        self.result_func = _check_callable("result_func", result_func)
+        self.result_func = None if result_func is None else check_callable("result_func", result_func)
+        self._skip_moe, self._skip_expert, self._ones_gate = env.skip_moe(), env.skip_expert(), env.ones_gate()
         self._sync = LocalSync()
         self._dispatcher = LocalDispatcher(weigh_inputs=not self.is_postscore)
 
-        shared, local, after = _check_seeds(seeds)
+        gates = config.take_deprecated(kwargs, config.gate_dicts(gate_type))
+        self.num_local_experts, self.sharded_count = config.resolve_expert_count(
+            gates, experts, world_size=self.world_size
+        )
+        self.num_global_experts = self.global_expert_count(self.num_local_experts, group)
+        self.valid_rs = [0, 1]
+        self.adaptive_degree = config.parallel_degree(parallel_type, self.sharded_count)
+        if batch_prioritized_routing is None:
+            batch_prioritized_routing = env.batch_prioritized_routing()
+        gate_configs = config.gate_configs(
+            gates,
+            normalize=check_bool("normalize_gate", normalize_gate),
+            prioritized=check_bool("batch_prioritized_routing", batch_prioritized_routing),
+        )
+        experts_config = config.experts_config(
+            experts, num_local_experts=self.num_local_experts, model_dim=self.model_dim
+        )
+        self._check_megatron(gate_configs, experts_config)
+
+        shared, local, after = config.check_seeds(seeds)
         _seed(local)
-        self.experts = FFNExperts(self.model_dim, ffn_config(experts, num_local_experts=self.num_local_experts))
-        self._mark_experts(_check_callable("scan_expert_func", scan_expert_func))
-        self.gates = nn.ModuleList()
-        for index, gate in enumerate(gates):
-            _seed(None if shared is None else shared + index)
-            self.gates.append(self._make_gate(gate))
+        self.experts = make_experts(self.model_dim, self.sharded_count, experts_config)
+        self._mark_experts(scan_expert_func)
+        self._make_gates(gate_configs, shared)
         _seed(after)
 
         self.register_buffer("_num_global_experts", torch.tensor(self.num_global_experts))
+        self.register_load_state_dict_pre_hook(_prepare_state)  # type: ignore[no-untyped-call]
         self.l_aux = None
-        self.dispatch_count: Tensor | None = None
+        self.dispatch_count = None
 
-    def _make_gate(self, config: GateConfig) -> Gate:
-        routing = dataclasses.replace(config.routing, top_k=min(config.routing.top_k, self.num_global_experts))
-        return LinearGate(self.model_dim, self.num_global_experts, routing, fp32=config.fp32)
+    def _check_megatron(self, gates: list[config.GateConfig], experts: config.ExpertsConfig) -> None:
+        if isinstance(gates[0], MegatronGateConfig):
+            if not isinstance(experts, config.FFNConfig):
+                raise ValueError("a gate of type 'megatron' needs experts of type 'ffn'")
+            if self.num_local_experts != 1 or self.sharded_count != 1:
+                raise ValueError(
+                    f"a gate of type 'megatron' needs one expert a device, got {self.num_local_experts} "
+                    f"shared by {self.sharded_count}"
+                )
+
+    def _make_gates(self, gates: list[config.GateConfig], shared_seed: int | None) -> None:
+        self.gates = nn.ModuleList()
+        self._routing: list[RoutingConfig] = []
+        self._input_dropout: list[float] = []
+        for index, gate in enumerate(gates):
+            if isinstance(gate, MegatronGateConfig):
+                return
+            _seed(None if shared_seed is None else shared_seed + index)
+            if not isinstance(gate, CustomGateConfig):
+                limited = min(gate.routing.top_k, self.num_global_experts)
+                gate = dataclasses.replace(gate, routing=dataclasses.replace(gate.routing, top_k=limited))
+            self.gates.append(make_gate(self.model_dim, self.num_global_experts, gate))
+            self._routing.append(gate.routing)
+            self._input_dropout.append(gate.input_dropout if isinstance(gate, LinearGateConfig) else 0.0)
 
     def _mark_experts(self, scan: Callable[[str, nn.Parameter], object] | None) -> None:
+        if scan is not None:
+            check_callable("scan_expert_func", scan)
         for name, parameter in self.experts.named_parameters():
             parameter._tutel_expert = True  # type: ignore[attr-defined]
             if scan is not None:
@@ -174,7 +202,7 @@ class MOELayer(nn.Module):
             reserve_dims: How many trailing dimensions make up D.
             inequivalent_tokens: Ranks may hold different T.
             adaptive_r: Degree of model parallelism among ranks that share an expert, one of ``valid_rs``.
-            megablocks_size: Accepted: rows are never padded here.
+            megablocks_size: Accepted: rows are never padded here, except for experts that ask for it.
 
         Returns:
             [..., D] in the input's dtype, with the auxiliary loss as attribute ``l_aux``; or what result_func makes of
@@ -184,44 +212,36 @@ class MOELayer(nn.Module):
             TypeError: If an argument has the wrong type or dtype.
             ValueError: If shapes, devices or numbers are out of range.
         """
-        self._set_call_options(a2a_ffn_overlap_degree, adaptive_r, megablocks_size)
+        self._set_call_options(a2a_ffn_overlap_degree, adaptive_r)
         tokens = self._tokens(input, check_int("reserve_dims", reserve_dims, at_least=1))
+        megablocks_size = check_int("megablocks_size", megablocks_size, at_least=0)
+        if self._skip_moe:
+            return self._result(tokens.clone(), input, reserve_dims, tokens.new_zeros(()))
+        if not self.gates:
+            self.dispatch_count = torch.tensor([tokens.shape[0]], device=tokens.device)
+            output = compute_dense(self.experts, tokens, self._context(megablocks_size))
+            return self._result(output, input, reserve_dims, output.new_zeros(()))
+
         gate, routing = self._gate(gate_index, capacity_factor, top_k)
+        if self._input_dropout[gate_index]:
+            tokens = F.dropout(tokens, self._input_dropout[gate_index], self.training)
+        clean_logits = gate_logits(gate, tokens, self.num_global_experts)
+        noisy = self.training and routing.gate_noise > 0
+        logits = add_noise(clean_logits, routing.gate_noise) if noisy else clean_logits
+        plan = route(
+            logits, routing, self._sync, inequivalent_tokens=check_bool("inequivalent_tokens", inequivalent_tokens)
+        )
+        l_aux = self._auxiliary_loss(plan, clean_logits, logits, routing)
+        if self._ones_gate:
+            plan = dataclasses.replace(plan, topk_weights=torch.ones_like(plan.topk_weights))
+        self.dispatch_count = plan.tokens_per_expert
 
-        with torch.autocast(tokens.device.type, enabled=False):
-            logits = gate.add_noise(gate(tokens))
-            plan = route(logits, routing, self._sync, inequivalent_tokens=inequivalent_tokens)
-        rows, handle = self._dispatcher.dispatch(tokens, plan)
-        rows = self.experts.compute(rows, self.experts.weights())
-        output = self._dispatcher.combine(rows, handle)
-        return self._result(output, input.shape[:-reserve_dims], input, plan, gshard_loss(plan, logits.dtype))
+        rows, handle = self._dispatcher.dispatch(tokens, plan, padded=takes_padded(self.experts))
+        if not self._skip_expert:
+            rows = compute_experts(self.experts, rows, self._context(megablocks_size))
+        return self._result(self._dispatcher.combine(rows, handle), input, reserve_dims, l_aux)
 
-    def _tokens(self, value: Tensor, reserve_dims: int) -> Tensor:
-        check_tensor("input", value, like=("the layer's weights", self.experts.weights().fc1))
-        if value.dim() < reserve_dims + 1:
-            raise ValueError(f"input must have at least {reserve_dims + 1} dimensions, got shape {list(value.shape)}")
-        width = value.shape[-reserve_dims:].numel()
-        if width != self.model_dim:
-            raise ValueError(
-                f"input's last {'dimension' if reserve_dims == 1 else f'{reserve_dims} dimensions'} must hold "
-                f"model_dim={self.model_dim} values, got shape {list(value.shape)}"
-            )
-        return value.reshape(value.shape[:-reserve_dims].numel(), width)
-
-    def _gate(self, gate_index: int, capacity_factor: float | None, top_k: int | None) -> tuple[Gate, RoutingConfig]:
-        index = check_int("gate_index", gate_index, at_least=0)
-        if index >= len(self.gates):
-            raise ValueError(f"gate_index must be below the number of gates ({len(self.gates)}), got {index}")
-        gate = self.gates[index]
-        assert isinstance(gate, Gate)
-        changes: dict[str, Any] = {}
-        if capacity_factor is not None:
-            changes["capacity_factor"] = check_number("capacity_factor", capacity_factor)
-        if top_k is not None:
-            changes["top_k"] = min(check_int("top_k", top_k, at_least=1), self.num_global_experts)
-        return gate, dataclasses.replace(gate.routing, **changes) if changes else gate.routing
-
-    def _set_call_options(self, overlap_degree: int | None, adaptive_r: int | None, megablocks_size: int) -> None:
+    def _set_call_options(self, overlap_degree: int | None, adaptive_r: int | None) -> None:
         """Check the options of an exchange, which one rank has none of; they are reported all the same."""
         if overlap_degree is not None:
             self.a2a_ffn_overlap_degree = check_int("a2a_ffn_overlap_degree", overlap_degree, at_least=1)
@@ -229,13 +249,62 @@ class MOELayer(nn.Module):
             if adaptive_r not in self.valid_rs:
                 raise ValueError(f"adaptive_r must be one of {self.valid_rs}, got {adaptive_r!r}")
             self.adaptive_degree = int(adaptive_r)
-        check_int("megablocks_size", megablocks_size, at_least=0)
 
-    def _result(self, output: Tensor, leading: torch.Size, given: Tensor, plan: RoutePlan, l_aux: Tensor) -> Any:
+    def _tokens(self, value: Tensor, reserve_dims: int) -> Tensor:
+        parameter = next(self.parameters(), None)
+        check_tensor("input", value, like=None if parameter is None else ("the layer's parameters", parameter))
+        if value.dim() < reserve_dims + 1:
+            raise ValueError(f"input must have at least {reserve_dims + 1} dimensions, got shape {list(value.shape)}")
+        width = value.shape[-reserve_dims:].numel()
+        if width != self.model_dim:
+            trailing = "dimension" if reserve_dims == 1 else f"{reserve_dims} dimensions"
+            raise ValueError(
+                f"input's last {trailing} must hold model_dim={self.model_dim} values, got shape {list(value.shape)}"
+            )
+        return value.reshape(value.shape[:-reserve_dims].numel(), width)
+
+    def _gate(
+        self, gate_index: int, capacity_factor: float | None, top_k: int | None
+    ) -> tuple[nn.Module, RoutingConfig]:
+        index = check_int("gate_index", gate_index, at_least=0)
+        if index >= len(self.gates):
+            raise ValueError(f"gate_index must be below the number of gates ({len(self.gates)}), got {index}")
+        gate, routing = self.gates[index], self._routing[index]
+        # A gate's own attributes win over its options, an argument of this call over both.
+        top_k = check_int("top_k", gate.top_k if top_k is None else top_k, at_least=1)
+        if capacity_factor is None:
+            capacity_factor = getattr(gate, "capacity_factor", routing.capacity_factor)
+        return gate, dataclasses.replace(
+            routing,
+            top_k=min(top_k, self.num_global_experts),
+            capacity_factor=check_number("capacity_factor", capacity_factor),
+            gate_noise=getattr(gate, "gate_noise", routing.gate_noise),
+        )
+
+    def _auxiliary_loss(self, plan: RoutePlan, clean_logits: Tensor, logits: Tensor, routing: RoutingConfig) -> Tensor:
+        if self.is_gshard_loss:
+            return gshard_loss(plan, logits.dtype)
+        return load_importance_loss(clean_logits, logits, plan.topk_ids, routing.gate_noise)
+
+    def _context(self, megablocks_size: int) -> ExpertContext:
+        assert self.dispatch_count is not None
+        return ExpertContext(
+            sharded_count=self.sharded_count,
+            group=self.group,
+            adaptive_degree=self.adaptive_degree,
+            num_global_experts=self.num_global_experts,
+            num_local_experts=self.num_local_experts,
+            model_dim=self.model_dim,
+            world_size=self.world_size,
+            dispatch_count=self.dispatch_count,
+            megablocks_size=megablocks_size,
+        )
+
+    def _result(self, output: Tensor, given: Tensor, reserve_dims: int, l_aux: Tensor) -> Any:
         same_width = output.shape[1] == self.model_dim
-        result = output.reshape(given.shape if same_width else (*leading, output.shape[1])).to(given.dtype)
+        shape = given.shape if same_width else (*given.shape[:-reserve_dims], output.shape[1])
+        result = output.reshape(shape).to(given.dtype)
         self.l_aux = l_aux
-        self.dispatch_count = plan.tokens_per_expert
         result.l_aux = l_aux  # type: ignore[attr-defined]
         return result if self.result_func is None else self.result_func(result)
 
@@ -248,11 +317,10 @@ class MOELayer(nn.Module):
         return {**self.__dict__, "l_aux": None, "dispatch_count": None}
 
 
-def _warn_deprecated(options: Mapping[str, Any]) -> None:
-    for name in options:
-        if name not in _DEPRECATED:
-            check_keys("moe_layer", options, _DEPRECATED)
-        warnings.warn(f"{name} has no effect: {_DEPRECATED[name]}", DeprecationWarning, stacklevel=3)
+def _prepare_state(
+    layer: MOELayer, state: dict[str, Any], prefix: str, _metadata: Any, strict: bool, *lists: list[str]
+) -> None:
+    prepare_state(layer, state, prefix, strict, lists[-1])
 
 
 def _require_one_rank(group: Any) -> None:
@@ -260,31 +328,6 @@ def _require_one_rank(group: Any) -> None:
         ranks = torch.distributed.get_world_size(group)
         if ranks > 1:
             raise NotImplementedError(f"experts over several ranks are not implemented yet: the group has {ranks}")
-
-
-def _parallel_degree(parallel_type: str, sharded_count: int) -> int:
-    named = {"data": 1, "model": sharded_count, "auto": 1}
-    if parallel_type in named:
-        return named[parallel_type]
-    kind, _, degree = str(parallel_type).partition(":")
-    if kind != "adaptive":
-        raise ValueError(f"parallel_type must be 'data', 'model', 'auto' or 'adaptive:r', got {parallel_type!r}")
-    return min(check_int("parallel_type='adaptive:r', r", degree, at_least=0), sharded_count)
-
-
-def _check_callable(name: str, value: Any) -> Any:
-    if value is not None and not callable(value):
-        raise TypeError(f"{name} must be callable or None, got {value!r}")
-    return value
-
-
-def _check_seeds(seeds: Any) -> tuple[int | None, int | None, int | None]:
-    if seeds is None:
-        return None, None, None
-    if not isinstance(seeds, tuple | list) or len(seeds) not in (2, 3):
-        raise ValueError(f"seeds must be (shared, local) or (shared, local, after), got {seeds!r}")
-    checked = [None if seed is None else check_int("seeds", seed, at_least=-(2**63)) for seed in (*seeds, None)]
-    return checked[0], checked[1], checked[2]
 
 
 def _seed(seed: int | None) -> None:

@@ -1,7 +1,6 @@
 """Logits to a RoutePlan: who goes where, with which weight, and what is dropped."""
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
@@ -78,6 +77,16 @@ class RoutePlan:
             **rows._asdict(),
         )
 
+    def padded_capacity(self) -> int:
+        """Return how many rows an expert needs in a padded layout: C, or what was received where nothing is dropped.
+
+        No expert receives more than T choices, since a token's choices differ.
+        """
+        if self.capacity is None:
+            return int(self.tokens_per_expert.max())  # a host sync on a GPU: only dropless padded layouts need it
+        rows: int = torch.sym_min(self.capacity, self.topk_ids.shape[0])  # type: ignore[assignment]  # or a SymInt
+        return rows
+
 
 #: Rows are counted in int64.
 _LARGEST_CAPACITY = 2**63 - 1
@@ -102,7 +111,7 @@ def drop_threshold(capacity_factor: float, num_tokens: int, num_experts: int, to
             f"capacity_factor={capacity_factor!r} gives more slots per expert than 64 bits can count "
             f"({num_tokens} tokens, {num_experts} experts, top_k={top_k})"
         )
-    slots: int = top_k * math.floor(factor * share)
+    slots: int = top_k * int(factor * share)  # not math.floor, which torch.compile cannot trace here
     return slots
 
 

@@ -1,6 +1,22 @@
 """Experts: modules that own parameters and compute on expert-major rows."""
 
+from tutel.experts.context import ExpertContext
 from tutel.experts.ffn import FFNExperts, FFNWeights
-from tutel.experts.rows import Rows
+from tutel.experts.llama_ffn import LlamaFFNExperts
+from tutel.experts.make import make_experts
+from tutel.experts.modules import ModuleExperts
+from tutel.experts.padded import compute_experts, takes_padded
+from tutel.experts.rows import PaddedRows, Rows
 
-__all__ = ["FFNExperts", "FFNWeights", "Rows"]
+__all__ = [
+    "ExpertContext",
+    "FFNExperts",
+    "FFNWeights",
+    "LlamaFFNExperts",
+    "ModuleExperts",
+    "PaddedRows",
+    "Rows",
+    "compute_experts",
+    "make_experts",
+    "takes_padded",
+]

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tutel.config import FFNConfig
-from tutel.experts.rows import Rows
+from tutel.experts.precision import compute_dtype
+from tutel.experts.rows import PaddedRows, Rows
 from tutel.functional import grouped_gemm
 
 
@@ -15,9 +17,9 @@ class FFNWeights:
     """The tensors of the experts that are computed together.
 
     Attributes:
-        fc1: [e, H, D].
+        fc1: [e, fc1_copies * H, D].
         fc2: [e, H, D_out].
-        fc1_bias: [e, H].
+        fc1_bias: [e, fc1_copies * H].
         fc2_bias: [e, D_out].
     """
 
@@ -35,8 +37,8 @@ class FFNWeights:
 class FFNExperts(nn.Module):
     """The two-layer experts of one rank.
 
-    Initial values are those of ``nn.Linear(D, H)`` and ``nn.Linear(H, D_out)``, drawn expert by expert on the CPU in
-    torch's default dtype.
+    Initial values are those of ``nn.Linear(D, fc1_copies * H)`` and ``nn.Linear(H, D_out)``, drawn expert by expert on
+    the CPU in torch's default dtype.
     """
 
     batched_fc1_bias: nn.Parameter | None
@@ -45,11 +47,14 @@ class FFNExperts(nn.Module):
     def __init__(self, model_dim: int, config: FFNConfig) -> None:
         super().__init__()
         self.config = config
+        self.num_local_experts = config.num_local_experts
         self.output_dim = model_dim if config.output_dim is None else config.output_dim
+        self.padded = config.padded
+        width, hidden = config.fc1_copies * config.hidden_size, config.hidden_size
         layers = []
         for _ in range(config.num_local_experts):
-            fc1 = nn.Linear(model_dim, config.hidden_size, bias=config.fc1_bias, device="cpu")
-            layers.append((fc1, nn.Linear(config.hidden_size, self.output_dim, bias=config.fc2_bias, device="cpu")))
+            fc1 = nn.Linear(model_dim, width, bias=config.fc1_bias, device="cpu")
+            layers.append((fc1, nn.Linear(hidden, self.output_dim, bias=config.fc2_bias, device="cpu")))
         with torch.no_grad():
             self.batched_fc1_w = nn.Parameter(torch.stack([fc1.weight for fc1, _ in layers]))
             self.batched_fc2_w = nn.Parameter(torch.stack([fc2.weight.T for _, fc2 in layers]))
@@ -58,32 +63,47 @@ class FFNExperts(nn.Module):
         self.register_parameter("batched_fc1_bias", None if fc1_bias is None else nn.Parameter(fc1_bias))
         self.register_parameter("batched_fc2_bias", None if fc2_bias is None else nn.Parameter(fc2_bias))
 
-    @property
-    def num_local_experts(self) -> int:
-        """Experts of this rank."""
-        return self.config.num_local_experts
-
     def weights(self) -> FFNWeights:
         """Return this rank's parameters."""
         return FFNWeights(self.batched_fc1_w, self.batched_fc2_w, self.batched_fc1_bias, self.batched_fc2_bias)
 
     def compute(self, rows: Rows, weights: FFNWeights) -> Rows:
         """Compute each expert's rows, in the weights' dtype (in autocast's, where that is on)."""
-        device = rows.data.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.fc1.dtype
+        dtype = compute_dtype(rows.data, weights.fc1)
         weights = weights.to(dtype)
         offsets = rows.offsets
         hidden = grouped_gemm(rows.data.to(dtype), weights.fc1, offsets, weights.fc1_bias, transposed=True)
-        hidden = self._activate(hidden).to(dtype)
-        output = grouped_gemm(hidden, weights.fc2, offsets, weights.fc2_bias)
+        hidden = self._dropout(self._activate(hidden).to(dtype))
+        output = self._dropout(grouped_gemm(hidden, weights.fc2, offsets, weights.fc2_bias))
         return Rows(output.to(rows.data.dtype), offsets)
 
+    def compute_padded(self, rows: PaddedRows, weights: FFNWeights) -> PaddedRows:
+        """Compute rows [e, C, D] where the activation, or the user's whole function, relates rows to each other."""
+        data = rows.data.to(compute_dtype(rows.data, weights.fc1))
+        if self.config.custom_fn is not None:
+            return PaddedRows(self.config.custom_fn(self, data).to(rows.data.dtype))
+        weights = weights.to(data.dtype)
+        hidden = data @ weights.fc1.transpose(1, 2)
+        hidden = hidden if weights.fc1_bias is None else hidden + weights.fc1_bias.unsqueeze(1)
+        hidden = self._dropout(self._activate(hidden).to(data.dtype))
+        output = hidden @ weights.fc2
+        output = output if weights.fc2_bias is None else output + weights.fc2_bias.unsqueeze(1)
+        return PaddedRows(self._dropout(output).to(rows.data.dtype))
+
     def _activate(self, hidden: Tensor) -> Tensor:
-        activated: Tensor = self.config.activation(hidden)
-        if not isinstance(activated, Tensor) or activated.shape != hidden.shape:
+        config = self.config
+        if config.activation_with_self is not None:
+            activated = config.activation_with_self(hidden, self)
+        else:
+            activated = config.activation(hidden)
+        wanted = (*hidden.shape[:-1], config.hidden_size)
+        if not isinstance(activated, Tensor) or activated.shape != wanted:
             found = list(activated.shape) if isinstance(activated, Tensor) else type(activated).__name__
-            raise ValueError(f"activation_fn must keep the shape {list(hidden.shape)}, got {found}")
+            raise ValueError(f"activation_fn must give shape {list(wanted)} for {list(hidden.shape)}, got {found}")
         return activated
+
+    def _dropout(self, values: Tensor) -> Tensor:
+        return F.dropout(values, self.config.dropout, self.training) if self.config.dropout else values
 
     def extra_repr(self) -> str:
         """Describe the sizes."""

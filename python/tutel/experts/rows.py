@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens, expert by expert.
+    """Rows of tokens, expert by expert, without gaps.
 
     Attributes:
         data: [R, D].
@@ -16,3 +16,14 @@ class Rows:
 
     data: Tensor
     offsets: Tensor
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Rows of tokens, equally many an expert, for experts that ask for that.
+
+    Attributes:
+        data: [E, C, D]; zero where a slot is empty.
+    """
+
+    data: Tensor

@@ -25,8 +25,8 @@ def padded_rows(topk_ids: Tensor, slots: Tensor, num_experts: int, capacity: int
         capacity: Rows an expert.
 
     Returns:
-        row_index [T, K] int64, -1 where a choice has no row, and its inverse row_choice [E * capacity] int64, -1 where a
-        row is empty: the indices of :func:`tutel.functional.dispatch` and :func:`tutel.functional.combine`.
+        row_index [T, K] int64, -1 where a choice has no row, and its inverse row_choice [E * capacity] int64, -1 where
+        a row is empty: the indices of :func:`tutel.functional.dispatch` and :func:`tutel.functional.combine`.
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.

@@ -7,32 +7,49 @@ from tutel.config import RoutingConfig
 
 
 class Gate(nn.Module):
-    """A module from tokens [T, D] to logits [T, E] that carries the routing of its logits.
+    """A module from tokens [T, D] to logits [T, E].
 
-    The routing is read through the historic attributes ``top_k``, ``capacity_factor`` and ``gate_noise`` too.
+    Attributes:
+        top_k: K of the layer's routing; like the others it may be changed between forwards.
+        capacity_factor: The capacity factor f.
+        gate_noise: The scale s of the noise in training.
     """
 
-    def __init__(self, routing: RoutingConfig) -> None:
+    def __init__(self, routing: RoutingConfig, *, fp32: bool) -> None:
         super().__init__()
-        self.routing = routing
+        self.top_k = routing.top_k
+        self.capacity_factor = routing.capacity_factor
+        self.gate_noise = routing.gate_noise
+        self.fp32 = fp32
 
-    @property
-    def top_k(self) -> int:
-        """K."""
-        return self.routing.top_k
+    def compute_dtype(self, weight: Tensor) -> torch.dtype:
+        """Return the dtype of the logits: the weight's, or fp32 whatever that is."""
+        return torch.float32 if self.fp32 else weight.dtype
 
-    @property
-    def capacity_factor(self) -> float:
-        """The capacity factor f."""
-        return self.routing.capacity_factor
 
-    @property
-    def gate_noise(self) -> float:
-        """The scale s of the noise in training."""
-        return self.routing.gate_noise
+def gate_logits(gate: nn.Module, tokens: Tensor, num_experts: int) -> Tensor:
+    """Call a gate, one's own or a user's, outside autocast, on tokens in its parameters' dtype.
 
-    def add_noise(self, logits: Tensor) -> Tensor:
-        """Add noise to logits [T, E] in training: s / E times standard normal noise."""
-        if not self.training or self.gate_noise == 0:
-            return logits
-        return logits + torch.randn_like(logits) * (self.gate_noise / logits.shape[1])
+    Raises:
+        TypeError: If it does not return a floating-point tensor.
+        ValueError: If that is not [T, E].
+    """
+    if not isinstance(gate, Gate):
+        dtypes = (parameter.dtype for parameter in gate.parameters() if parameter.is_floating_point())
+        tokens = tokens.to(next(dtypes, tokens.dtype))
+    with torch.autocast(tokens.device.type, enabled=False):
+        logits = gate(tokens)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        found = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"the gate {type(gate).__name__} must return a floating-point torch.Tensor, got {found}")
+    if logits.dim() != 2 or logits.shape[0] != tokens.shape[0] or logits.shape[1] != num_experts:
+        raise ValueError(
+            f"the gate {type(gate).__name__} must return logits [T, E] = [{tokens.shape[0]}, {num_experts}], "
+            f"got shape {list(logits.shape)}"
+        )
+    return logits
+
+
+def add_noise(logits: Tensor, scale: float) -> Tensor:
+    """Add standard normal noise times ``scale / E`` to logits [T, E]."""
+    return logits + torch.randn_like(logits) * (scale / logits.shape[1])

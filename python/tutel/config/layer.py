@@ -1,0 +1,67 @@
+"""The layer's own options."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from tutel.errors import check_int
+
+_DEPRECATED = {
+    "pad_samples": "batches may have any size now",
+    "fp32_gate": "set 'fp32_gate' in gate_type",
+}
+
+
+def take_deprecated(options: Mapping[str, Any], gates: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Warn of options that programs still pass, and return the gates with what moved there.
+
+    Raises:
+        TypeError: If an option never existed.
+    """
+    unknown = [name for name in options if name not in _DEPRECATED]
+    if unknown:
+        raise TypeError(f"moe_layer has no argument {', '.join(map(repr, unknown))}; see help(tutel.moe.moe_layer)")
+    for name in options:
+        warnings.warn(f"moe_layer({name}=) is deprecated: {_DEPRECATED[name]}", DeprecationWarning, stacklevel=3)
+    if "fp32_gate" in options:
+        kinds = ("top", "cosine_top")
+        return [
+            {"fp32_gate": options["fp32_gate"], **gate} if gate.get("type", "top") in kinds else gate for gate in gates
+        ]
+    return gates
+
+
+def parallel_degree(parallel_type: object, sharded_count: int) -> int:
+    """Return the degree of model parallelism among the ranks that share an expert.
+
+    Raises:
+        TypeError: If r of 'adaptive:r' is no integer.
+        ValueError: If the type is unknown, or r does not divide the number of ranks.
+    """
+    named = {"data": 1, "model": sharded_count, "auto": 1}
+    if parallel_type in named:
+        return named[str(parallel_type)]
+    kind, _, degree = str(parallel_type).partition(":")
+    if kind != "adaptive":
+        raise ValueError(f"parallel_type must be 'data', 'model', 'auto' or 'adaptive:r', got {parallel_type!r}")
+    clamped = min(check_int("parallel_type='adaptive:r', r", degree, at_least=0), sharded_count)
+    if clamped > 0 and sharded_count % clamped != 0:
+        raise ValueError(
+            f"parallel_type={parallel_type!r}: r must divide the number of ranks that share an expert ({sharded_count})"
+        )
+    return clamped
+
+
+def check_seeds(seeds: Any) -> tuple[int | None, int | None, int | None]:
+    """Return (shared, local, after); the last may be left out.
+
+    Raises:
+        TypeError: If a seed is neither an integer nor None.
+        ValueError: If there are not two or three.
+    """
+    if seeds is None:
+        return None, None, None
+    if not isinstance(seeds, tuple | list) or len(seeds) not in (2, 3):
+        raise ValueError(f"seeds must be (shared, local) or (shared, local, after), got {seeds!r}")
+    checked = [None if seed is None else check_int("seeds", seed, at_least=-(2**63)) for seed in (*seeds, None)]
+    return checked[0], checked[1], checked[2]
