@@ -43,9 +43,13 @@ def check_tensor(
 
 
 def _fits(sizes: torch.Size, shape: tuple[int | None, ...]) -> bool:
-    return len(sizes) == len(shape) and all(
-        wanted is None or size == wanted for size, wanted in zip(sizes, shape, strict=True)
-    )
+    # A plain loop: this runs a dozen times a forward, and a generator would cost more than the operators' calls.
+    if len(sizes) != len(shape):
+        return False
+    for size, wanted in zip(sizes, shape, strict=True):  # noqa: SIM110
+        if wanted is not None and size != wanted:
+            return False
+    return True
 
 
 def one_of(allowed: Iterable[object]) -> str:

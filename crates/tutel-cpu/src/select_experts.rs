@@ -33,6 +33,8 @@ pub fn select_experts<T: Scalar>(
     output: SelectOutput<'_, T::Accumulator>,
     parallel: &dyn Parallel,
 ) -> Result<(), Error> {
+    // A task keeps one row of score sums: enough tokens a task make these small against the logits.
+    const LEAST_TOKENS: usize = 64;
     let RoutingShape { tokens, experts, top_k } = shape;
     check_len("logits", logits.len(), tokens * experts)?;
     check_len("topk_ids", output.ids.len(), shape.choices())?;
@@ -40,7 +42,7 @@ pub fn select_experts<T: Scalar>(
     check_len("top_scores", output.top_scores.len(), tokens)?;
     check_len("score_sums", output.score_sums.len(), experts)?;
 
-    let block = items_per_task(experts);
+    let block = items_per_task(experts).max(LEAST_TOKENS);
     let tasks = tokens.div_ceil(block);
     let ids = Chunks::new(output.ids, block * top_k, tasks);
     let weights = Chunks::new(output.weights, block * top_k, tasks);
@@ -75,10 +77,11 @@ pub fn select_experts<T: Scalar>(
             }
         }
     });
-    for (expert, sum) in output.score_sums.iter_mut().enumerate() {
-        let parts = partial_sums.iter().skip(expert).step_by(experts);
-        sum.write(parts.copied().sum());
+    let mut totals = vec![T::Accumulator::zero(); experts];
+    for sums in partial_sums.chunks_exact(experts) {
+        totals.iter_mut().zip(sums).for_each(|(total, &sum)| *total += sum);
     }
+    output.score_sums.write_copy_of_slice(&totals);
     Ok(())
 }
 
