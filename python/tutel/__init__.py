@@ -7,6 +7,10 @@ from tutel._requirements import require_torch
 
 require_torch()
 
-from tutel._core import __version__  # noqa: E402  (registers the operators with torch, which must be there first)
+from tutel import env  # noqa: E402  (torch must be there first)
+from tutel._core import __version__, set_cpu_level  # noqa: E402  (registers the operators with torch)
+
+if env.cpu_level():
+    set_cpu_level(env.cpu_level())
 
 __all__ = ["__version__"]

@@ -35,6 +35,14 @@ def _switch(name: str) -> bool:
     return text == "1"
 
 
+def cpu_level() -> str:
+    """``TUTEL_CPU_LEVEL``: the most of a processor's features that kernels use.
+
+    portable, avx2, avx512 or avx512_bf16; empty means all that the processor has.
+    """
+    return os.environ.get("TUTEL_CPU_LEVEL", "")
+
+
 def capacity_factor() -> float:
     """``CAP_FACTOR``: the capacity factor of gates that do not set one (default 1.0)."""
     return _number("CAP_FACTOR", 1.0)

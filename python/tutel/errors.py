@@ -86,7 +86,10 @@ def check_number(name: str, value: Any, *, at_least: float | None = None) -> flo
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = float("inf")
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError(f"{name} must be finite, got {value!r}")
     if at_least is not None and number < at_least:

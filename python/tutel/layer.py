@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tutel import config, env
 from tutel.config import CustomGateConfig, LinearGateConfig, MegatronGateConfig, RoutingConfig
 from tutel.dispatcher import LocalDispatcher
+from tutel.distributed.groups import require_one_rank
 from tutel.errors import check_bool, check_callable, check_int, check_number, check_tensor
 from tutel.experts import ExpertContext, compute_experts, make_experts, takes_padded
 from tutel.experts.loading import prepare_state
@@ -88,14 +89,15 @@ class MOELayer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        _require_one_rank(group)
+        require_one_rank("a layer's experts", group)
         self.group = group
         self.world_size = 1
         self.model_dim = check_int("model_dim", model_dim, at_least=1)
         self.is_postscore = check_bool("is_postscore", is_postscore)
         self.is_gshard_loss = check_bool("is_gshard_loss", is_gshard_loss)
         self.use_2dh = check_bool("use_2dh", use_2dh)
-        self.a2a_ffn_overlap_degree = check_int("a2a_ffn_overlap_degree", a2a_ffn_overlap_degree, at_least=1)
+        self._overlap_degree = check_int("a2a_ffn_overlap_degree", a2a_ffn_overlap_degree, at_least=1)
+        self.a2a_ffn_overlap_degree = self._overlap_degree
         self.result_func = None if result_func is None else check_callable("result_func", result_func)
         self._skip_moe, self._skip_expert, self._ones_gate = env.skip_moe(), env.skip_expert(), env.ones_gate()
         self._sync = LocalSync()
@@ -107,7 +109,8 @@ class MOELayer(nn.Module):
         )
         self.num_global_experts = self.global_expert_count(self.num_local_experts, group)
         self.valid_rs = [0, 1]
-        self.adaptive_degree = config.parallel_degree(parallel_type, self.sharded_count)
+        self._shard_degree = config.parallel_degree(parallel_type, self.sharded_count)
+        self.adaptive_degree = self._shard_degree
         if batch_prioritized_routing is None:
             batch_prioritized_routing = env.batch_prioritized_routing()
         gate_configs = config.gate_configs(
@@ -168,7 +171,7 @@ class MOELayer(nn.Module):
     @staticmethod
     def global_expert_count(num_local_experts: int, group: Any = None) -> int:
         """Return E for a number of local experts on each rank of a group."""
-        _require_one_rank(group)
+        require_one_rank("a layer's experts", group)
         return check_int("num_local_experts", num_local_experts, at_least=1)
 
     def get_parameter_iterator(self, param_type: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -223,8 +226,9 @@ class MOELayer(nn.Module):
             return self._result(output, input, reserve_dims, output.new_zeros(()))
 
         gate, routing = self._gate(gate_index, capacity_factor, top_k)
-        if self._input_dropout[gate_index]:
-            tokens = F.dropout(tokens, self._input_dropout[gate_index], self.training)
+        input_dropout = self._input_dropout[int(gate_index)]
+        if input_dropout:
+            tokens = F.dropout(tokens, input_dropout, self.training)
         clean_logits = gate_logits(gate, tokens, self.num_global_experts)
         noisy = self.training and routing.gate_noise > 0
         logits = add_noise(clean_logits, routing.gate_noise) if noisy else clean_logits
@@ -242,13 +246,12 @@ class MOELayer(nn.Module):
         return self._result(self._dispatcher.combine(rows, handle), input, reserve_dims, l_aux)
 
     def _set_call_options(self, overlap_degree: int | None, adaptive_r: int | None) -> None:
-        """Check the options of an exchange, which one rank has none of; they are reported all the same."""
-        if overlap_degree is not None:
-            self.a2a_ffn_overlap_degree = check_int("a2a_ffn_overlap_degree", overlap_degree, at_least=1)
-        if adaptive_r is not None:
-            if adaptive_r not in self.valid_rs:
-                raise ValueError(f"adaptive_r must be one of {self.valid_rs}, got {adaptive_r!r}")
-            self.adaptive_degree = int(adaptive_r)
+        """Check the options of an exchange, which one rank has none of; this call's values are reported."""
+        degree = self._overlap_degree if overlap_degree is None else overlap_degree
+        self.a2a_ffn_overlap_degree = check_int("a2a_ffn_overlap_degree", degree, at_least=1)
+        if adaptive_r is not None and adaptive_r not in self.valid_rs:
+            raise ValueError(f"adaptive_r must be one of {self.valid_rs}, got {adaptive_r!r}")
+        self.adaptive_degree = self._shard_degree if adaptive_r is None else int(adaptive_r)
 
     def _tokens(self, value: Tensor, reserve_dims: int) -> Tensor:
         parameter = next(self.parameters(), None)
@@ -261,7 +264,7 @@ class MOELayer(nn.Module):
             raise ValueError(
                 f"input's last {trailing} must hold model_dim={self.model_dim} values, got shape {list(value.shape)}"
             )
-        return value.reshape(value.shape[:-reserve_dims].numel(), width)
+        return value.reshape(-1, width)  # not shape.numel(), which torch.export would take for a constant
 
     def _gate(
         self, gate_index: int, capacity_factor: float | None, top_k: int | None
@@ -284,7 +287,8 @@ class MOELayer(nn.Module):
     def _auxiliary_loss(self, plan: RoutePlan, clean_logits: Tensor, logits: Tensor, routing: RoutingConfig) -> Tensor:
         if self.is_gshard_loss:
             return gshard_loss(plan, logits.dtype)
-        return load_importance_loss(clean_logits, logits, plan.topk_ids, routing.gate_noise)
+        thresholds = logits.gather(1, plan.topk_ids[:, -1:].long()).squeeze(1)
+        return load_importance_loss(torch.softmax(clean_logits.float(), dim=1), thresholds, routing.gate_noise)
 
     def _context(self, megablocks_size: int) -> ExpertContext:
         assert self.dispatch_count is not None
@@ -316,18 +320,16 @@ class MOELayer(nn.Module):
         """Leave out the last forward's graph, which can be neither copied nor stored."""
         return {**self.__dict__, "l_aux": None, "dispatch_count": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Mark the parameters again: ``copy.deepcopy`` of a parameter leaves its attributes out."""
+        super().__setstate__(state)
+        self._mark_experts(None)
+
 
 def _prepare_state(
-    layer: MOELayer, state: dict[str, Any], prefix: str, _metadata: Any, strict: bool, *lists: list[str]
+    layer: MOELayer, state: dict[str, Any], prefix: str, _metadata: Any, _strict: bool, *lists: list[str]
 ) -> None:
-    prepare_state(layer, state, prefix, strict, lists[-1])
-
-
-def _require_one_rank(group: Any) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size(group)
-        if ranks > 1:
-            raise NotImplementedError(f"experts over several ranks are not implemented yet: the group has {ranks}")
+    prepare_state(layer, state, prefix, lists[-1])
 
 
 def _seed(seed: int | None) -> None:

@@ -20,36 +20,32 @@ def gshard_loss(plan: RoutePlan, dtype: torch.dtype) -> Tensor:
         raise ValueError("plan has no scores: this loss needs a plan made by tutel.route.route")
     num_tokens = max(plan.topk_ids.shape[0], 1)
     mean_scores = (plan.score_sums / num_tokens).to(dtype)
-    shares = (plan.first_choices / num_tokens).to(dtype)
+    shares = (plan.first_choices.to(plan.score_sums.dtype) / num_tokens).to(dtype)
     return plan.num_experts * torch.sum(mean_scores * shares)
 
 
-def load_importance_loss(logits: Tensor, noisy_logits: Tensor, topk_ids: Tensor, gate_noise: float) -> Tensor:
-    """Return the load-importance loss (Riquelme et al., 2021, appendix A), 0-d fp32, differentiable in both logits.
+def load_importance_loss(scores: Tensor, thresholds: Tensor, gate_noise: float) -> Tensor:
+    """Return the load-importance loss (Riquelme et al., 2021, appendix A), 0-d fp32, differentiable in both tensors.
 
     (cv2(importance) + cv2(load)) / 2 with cv2 = unbiased variance / (mean^2 + 1e-10), importance_e = sum_t p[t, e],
-    load_e = sum_t Phi((p[t, e] - theta_t) / (gate_noise / E)), p = softmax(noise-free logits), theta_t = the K-th
-    chosen noisy logit of t. 0 for E = 1 and for T = 0.
+    load_e = sum_t Phi((p[t, e] - theta_t) / (gate_noise / E)). 0 for E = 1 and for T = 0.
 
     Args:
-        logits: [T, E] without noise.
-        noisy_logits: [T, E], which the choice was made by.
-        topk_ids: [T, K], in descending order of the noisy logits.
+        scores: p [T, E], softmax of the logits without noise.
+        thresholds: theta [T], the K-th chosen logit of each token, with noise.
         gate_noise: s > 0.
 
     Raises:
         ValueError: If gate_noise is not positive.
     """
     if gate_noise <= 0:
-        raise ValueError(
-            f"the load-importance loss (is_gshard_loss=False) needs a gate with gate_noise > 0, got {gate_noise}"
-        )
-    num_tokens, num_experts = logits.shape
-    scores = torch.softmax(logits.float(), dim=1)
+        raise ValueError(f"the load-importance loss (is_gshard_loss=False) needs gate_noise > 0, got {gate_noise}")
+    scores = scores.float()
+    num_tokens, num_experts = scores.shape
     if num_experts == 1 or num_tokens == 0:
         return scores.sum() * 0.0
-    thresholds = noisy_logits.float().gather(1, topk_ids[:, -1:].long())
-    load = torch.special.ndtr((scores - thresholds) / (gate_noise / num_experts)).sum(0)
+    margins = (scores - thresholds.float().unsqueeze(1)) * (num_experts / gate_noise)
+    load = torch.special.ndtr(margins).sum(0)
     return (_squared_variation(scores.sum(0)) + _squared_variation(load)) / 2
 
 

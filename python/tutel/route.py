@@ -67,6 +67,9 @@ class RoutePlan:
         """
         check_tensor("topk_ids", topk_ids, dtypes=[torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8])
         check_tensor("topk_weights", topk_weights, shape=tuple(topk_ids.shape), like=("topk_ids", topk_ids))
+        if topk_ids.dtype == torch.int64:
+            # What does not fit in int32 must be refused as out of range, not wrapped to an id within.
+            topk_ids = topk_ids.clamp(-(2**31), 2**31 - 1)
         ids = topk_ids.to(torch.int32)
         rows = assign_rows(ids, num_experts, capacity=capacity, priority=priority)
         return cls(
@@ -111,7 +114,7 @@ def drop_threshold(capacity_factor: float, num_tokens: int, num_experts: int, to
             f"capacity_factor={capacity_factor!r} gives more slots per expert than 64 bits can count "
             f"({num_tokens} tokens, {num_experts} experts, top_k={top_k})"
         )
-    slots: int = top_k * int(factor * share)  # not math.floor, which torch.compile cannot trace here
+    slots: int = top_k * torch.sym_int(factor * share)  # int(), which torch.compile and torch.export trace too
     return slots
 
 

@@ -32,6 +32,8 @@ impl Real for f64 {
 pub trait Element: Copy + Default + PartialEq + std::fmt::Debug + Send + Sync + 'static {
     /// What sums of this type are accumulated in; half types use f32.
     type Accumulator: Real;
+    /// Whether the type is its own accumulator.
+    const IS_ACCUMULATOR: bool;
     /// The distance from 1 to the next larger value, as an accumulator.
     const EPSILON: f64;
     /// Exact conversion to the accumulator.
@@ -56,6 +58,7 @@ macro_rules! full_precision {
     ($($t:ty),*) => { $(
         impl Element for $t {
             type Accumulator = $t;
+            const IS_ACCUMULATOR: bool = true;
             const EPSILON: f64 = <$t>::EPSILON as f64;
             fn widen(self) -> $t { self }
             fn narrow(value: $t) -> $t { value }
@@ -70,6 +73,7 @@ macro_rules! half_precision {
     ($($t:ty),*) => { $(
         impl Element for $t {
             type Accumulator = f32;
+            const IS_ACCUMULATOR: bool = false;
             const EPSILON: f64 = <$t>::EPSILON.to_f64_const();
             fn widen(self) -> f32 { self.to_f32() }
             fn narrow(value: f32) -> $t { <$t>::from_f32(value) }

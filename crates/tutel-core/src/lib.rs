@@ -1,4 +1,4 @@
-//! The vocabulary of Tutel's Mixture-of-Experts layer, and [`reference`]: the naive twin of every kernel.
+//! The vocabulary of Tutel's Mixture-of-Experts layer, and [`mod@reference`]: the naive twin of every kernel.
 //!
 //! Symbols, used in every crate: T tokens, D width of a token, E experts, K choices per token, R rows (all
 //! choices that reach an expert stand in rows `0..kept`, expert by expert), H hidden width, C capacity.

@@ -75,7 +75,10 @@ pub fn row_dot<T: Scalar>(
     check_len("tokens", tokens.len(), shape.tokens * width)?;
     check_len("output", output.len(), shape.choices())?;
     shape.check_row_index(row_index)?;
-    let block = items_per_task(width * top_k);
+    if top_k == 0 {
+        return Ok(());
+    }
+    let block = items_per_task(width.saturating_mul(top_k));
     let tasks = shape.tokens.div_ceil(block);
     let output = Chunks::new(output, block * top_k, tasks);
     each_task(parallel, tasks, &|claimed| {

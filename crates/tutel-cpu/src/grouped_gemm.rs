@@ -8,10 +8,10 @@ use std::ops::Range;
 use num_traits::Zero;
 use tutel_core::{Error, GroupedShape, check_len, check_offsets};
 
-use crate::arch::{Factor, multiply};
+use crate::arch::{Level, Scratch};
 use crate::disjoint::{Tile, Tiles, fill};
-use crate::operand::View;
-use crate::parallel::each_task;
+use crate::operand::{Factor, View};
+use crate::parallel::{each_task, worthwhile};
 use crate::{Parallel, Scalar};
 
 /// Inputs of [`grouped_gemm`].
@@ -29,34 +29,27 @@ pub struct GroupedGemm<'a, T> {
     pub transposed: bool,
 }
 
-/// One worker's memory.
-struct Scratch<T: Scalar> {
-    left: Vec<T::Accumulator>,
-    right: Vec<T::Accumulator>,
-    sum: Vec<T::Accumulator>,
-    narrow: Vec<T>,
-}
+/// Rows and columns of a tile at most. Packing a block of the right factor pays over a tile's rows, packing one of the left
+/// factor over its columns.
+const ROWS: usize = 512;
+const COLUMNS: usize = 2048;
 
-impl<T: Scalar> Scratch<T> {
-    fn new() -> Self {
-        Self { left: Vec::new(), right: Vec::new(), sum: Vec::new(), narrow: Vec::new() }
-    }
-
-    fn sum_of(&mut self, rows: usize, columns: usize) {
-        self.sum.resize(rows * columns, T::Accumulator::zero());
-        self.narrow.resize(columns, T::default());
-    }
-
-    /// Rounds the sums once and writes them, with the bias added before.
-    fn write(&mut self, tile: &mut Tile<'_, MaybeUninit<T>>, bias: Option<&[T]>) {
-        let columns = tile.columns().len();
-        for (row, sum) in self.sum.chunks_exact_mut(columns).enumerate() {
-            for (sum, bias) in sum.iter_mut().zip(bias.into_iter().flatten()) {
-                *sum += bias.widen();
+/// Rounds the sums once and writes them, with the bias added before.
+fn write_tile<T: Scalar>(scratch: &Scratch<T::Accumulator>, tile: &mut Tile<'_, MaybeUninit<T>>, bias: Option<&[T]>) {
+    let columns = tile.columns().len();
+    let mut biased = vec![T::Accumulator::zero(); columns];
+    let mut narrow = vec![T::default(); columns];
+    for row in 0..tile.rows().len() {
+        let sums = &scratch.row(row)[..columns];
+        if let Some(bias) = bias {
+            for ((biased, &sum), bias) in biased.iter_mut().zip(sums).zip(bias) {
+                *biased = sum + bias.widen();
             }
-            T::narrow_slice(sum, &mut self.narrow);
-            tile.row(row).write_copy_of_slice(&self.narrow);
+            T::narrow_slice(&biased, &mut narrow);
+        } else {
+            T::narrow_slice(sums, &mut narrow);
         }
+        tile.row(row).write_copy_of_slice(&narrow);
     }
 }
 
@@ -65,12 +58,13 @@ fn blocks_of(range: Range<usize>, block: usize) -> impl Iterator<Item = Range<us
     range.step_by(block).map(move |start| start..start.saturating_add(block).min(end))
 }
 
-/// Columns of a tile: halved from the largest block while there are fewer tiles than a processor has cores to feed.
-fn column_block(row_blocks: usize, columns: usize, largest: usize) -> usize {
-    const ENOUGH_TILES: usize = 64;
-    const SMALLEST: usize = 64;
-    let mut block = largest;
-    while block > SMALLEST && row_blocks * columns.div_ceil(block) < ENOUGH_TILES {
+/// Columns of a tile: halved while there are fewer tiles than processors have cores to feed.
+fn column_block(row_blocks: usize, columns: usize) -> usize {
+    const ENOUGH_TILES: usize = 32;
+    // Narrower ones would read a weight's rows in pieces too short for the processor's prefetching.
+    const LEAST: usize = 256;
+    let mut block = COLUMNS;
+    while block > LEAST && row_blocks * columns.div_ceil(block) < ENOUGH_TILES {
         block /= 2;
     }
     block
@@ -97,57 +91,38 @@ pub fn grouped_gemm<T: Scalar>(
     let last = owned.last().map_or(0, |range| range.end);
     let mut row_blocks: Vec<(Option<usize>, Range<usize>)> = Vec::new();
     for (expert, range) in owned.into_iter().enumerate() {
-        row_blocks.extend(blocks_of(range, T::BLOCK).map(|block| (Some(expert), block)));
+        row_blocks.extend(blocks_of(range, ROWS).map(|block| (Some(expert), block)));
     }
-    row_blocks.extend(blocks_of(last..rows, T::BLOCK).map(|block| (None, block)));
+    row_blocks.extend(blocks_of(last..rows, ROWS).map(|block| (None, block)));
 
-    let column_block = column_block(row_blocks.len(), outer, T::BLOCK);
+    let column_block = column_block(row_blocks.len(), outer);
     let tiles = Tiles::new(output, outer, row_blocks.iter().map(|(_, rows)| rows.clone()).collect(), column_block);
+    let level = Level::current();
+    let parallel = worthwhile(parallel, rows.saturating_mul(inner).saturating_mul(outer));
     each_task(parallel, tiles.len(), &|claimed| {
-        let mut scratch = Scratch::<T>::new();
+        let mut scratch = Scratch::new();
         for task in claimed {
             let mut tile = tiles.take(task);
-            match row_blocks[tile.row_block].0 {
-                Some(expert) => multiply_tile(&input, shape, expert, &mut tile, &mut scratch),
-                None => (0..tile.rows().len()).for_each(|row| {
+            let Some(expert) = row_blocks[tile.row_block].0 else {
+                for row in 0..tile.rows().len() {
                     fill(tile.row(row), T::default());
-                }),
-            }
+                }
+                continue;
+            };
+            let columns = tile.columns();
+            let weight = &input.weight[expert * inner * outer..(expert + 1) * inner * outer];
+            let weight = if input.transposed {
+                View::block(weight, inner, columns.clone(), 0..inner)
+            } else {
+                View::block(weight, outer, 0..inner, columns.clone())
+            };
+            let left = View::block(input.rows, inner, tile.rows(), 0..inner);
+            let left = Factor { view: left, transposed: false };
+            T::multiply(level, &mut scratch, left, Factor { view: weight, transposed: input.transposed });
+            write_tile(&scratch, &mut tile, input.bias.map(|bias| &bias[expert * outer..][columns]));
         }
     });
     Ok(())
-}
-
-fn multiply_tile<T: Scalar>(
-    input: &GroupedGemm<'_, T>,
-    shape: GroupedShape,
-    expert: usize,
-    tile: &mut Tile<'_, MaybeUninit<T>>,
-    scratch: &mut Scratch<T>,
-) {
-    let GroupedShape { inner, outer, .. } = shape;
-    let (rows, columns) = (tile.rows(), tile.columns());
-    let weight = &input.weight[expert * inner * outer..(expert + 1) * inner * outer];
-    scratch.sum_of(rows.len(), columns.len());
-    if inner == 0 {
-        scratch.sum.fill(T::Accumulator::zero());
-    }
-    for depth in blocks_of(0..inner, T::DEPTH) {
-        let left = View::block(input.rows, inner, rows.clone(), depth.clone());
-        let right = if input.transposed {
-            View::block(weight, inner, columns.clone(), depth.clone())
-        } else {
-            View::block(weight, outer, depth.clone(), columns.clone())
-        };
-        multiply(
-            &mut scratch.sum,
-            Factor { view: T::widened(left, &mut scratch.left), transposed: false },
-            Factor { view: T::widened(right, &mut scratch.right), transposed: input.transposed },
-            depth.start > 0,
-        );
-    }
-    let bias = input.bias.map(|bias| &bias[expert * outer..][columns.clone()]);
-    scratch.write(tile, bias);
 }
 
 /// `output[e] = left_e^T right_e` over the rows of expert e: left `[R, inner]`, right `[R, outer]`, output
@@ -171,32 +146,23 @@ pub fn grouped_gemm_weight_grad<T: Scalar>(
     // Row blocks of the output seen as one [E * inner, outer] matrix.
     let mut blocks: Vec<(usize, Range<usize>)> = Vec::new();
     for expert in 0..experts {
-        blocks.extend(blocks_of(0..inner, T::BLOCK).map(|block| (expert, block)));
+        blocks.extend(blocks_of(0..inner, ROWS).map(|block| (expert, block)));
     }
     let matrix_rows = blocks.iter().map(|(e, block)| e * inner + block.start..e * inner + block.end).collect();
-    let tiles = Tiles::new(output, outer, matrix_rows, column_block(blocks.len(), outer, T::BLOCK));
+    let tiles = Tiles::new(output, outer, matrix_rows, column_block(blocks.len(), outer));
+    let level = Level::current();
+    let parallel = worthwhile(parallel, rows.saturating_mul(inner).saturating_mul(outer));
     each_task(parallel, tiles.len(), &|claimed| {
-        let mut scratch = Scratch::<T>::new();
+        let mut scratch = Scratch::new();
         for task in claimed {
             let mut tile = tiles.take(task);
             let (expert, block) = blocks[tile.row_block].clone();
-            let columns = tile.columns();
-            scratch.sum_of(block.len(), columns.len());
             let owned = owned[expert].clone();
-            if owned.is_empty() {
-                scratch.sum.fill(T::Accumulator::zero());
-            }
-            for depth in blocks_of(owned.clone(), T::DEPTH) {
-                let left = View::block(left, inner, depth.clone(), block.clone());
-                let right = View::block(right, outer, depth.clone(), columns.clone());
-                multiply(
-                    &mut scratch.sum,
-                    Factor { view: T::widened(left, &mut scratch.left), transposed: true },
-                    Factor { view: T::widened(right, &mut scratch.right), transposed: false },
-                    depth.start > owned.start,
-                );
-            }
-            scratch.write(&mut tile, None);
+            let left = View::block(left, inner, owned.clone(), block);
+            let right = View::block(right, outer, owned, tile.columns());
+            let left = Factor { view: left, transposed: true };
+            T::multiply(level, &mut scratch, left, Factor { view: right, transposed: false });
+            write_tile(&scratch, &mut tile, None);
         }
     });
     Ok(())

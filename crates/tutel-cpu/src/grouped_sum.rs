@@ -5,7 +5,7 @@ use num_traits::Zero;
 use tutel_core::{Error, check_len, check_offsets, checked_product};
 
 use crate::disjoint::Tiles;
-use crate::parallel::each_task;
+use crate::parallel::{each_task, worthwhile};
 use crate::{Parallel, Scalar};
 
 /// `output[e] = sum of the rows of expert e`: rows `[R, width]`, output `[E, width]`. Runs of 128 rows are summed
@@ -28,7 +28,7 @@ pub fn grouped_sum<T: Scalar>(
     let owned = check_offsets(offsets, experts, num_rows)?;
     let one_row_each = (0..experts).map(|expert| expert..expert + 1).collect();
     let tiles = Tiles::new(output, width, one_row_each, COLUMNS);
-    each_task(parallel, tiles.len(), &|claimed| {
+    each_task(worthwhile(parallel, rows.len()), tiles.len(), &|claimed| {
         let mut wide = Vec::new();
         for task in claimed {
             let mut tile = tiles.take(task);

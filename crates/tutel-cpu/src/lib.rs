@@ -25,19 +25,20 @@ mod prefix_count;
 mod select_experts;
 mod select_experts_backward;
 
+pub use arch::{Level, UnknownLevel};
 pub use assign_rows::{AssignOutput, assign_rows};
 pub use combine::{combine, row_dot};
 pub use dispatch::dispatch;
 pub use exponential::Exponential;
 pub use grouped_gemm::{GroupedGemm, grouped_gemm, grouped_gemm_weight_grad};
 pub use grouped_sum::grouped_sum;
-pub use operand::Operand;
 pub use padded_rows::padded_rows;
 pub use parallel::{Parallel, ScopedThreads, Serial};
 pub use prefix_count::{Along, prefix_count};
 pub use select_experts::{SelectOutput, select_experts};
 pub use select_experts_backward::{SelectBackward, select_experts_backward};
 
-/// What a kernel computes with: the element types of tensors, each with its ways into the matrix product.
-pub trait Scalar: Operand<Accumulator: Exponential> {}
-impl<T: Operand<Accumulator: Exponential>> Scalar for T {}
+/// What a kernel computes with: f64, f32, bf16 and f16.
+#[expect(private_bounds, reason = "how a type enters a matrix product is this crate's business")]
+pub trait Scalar: operand::Operand<Accumulator: Exponential> {}
+impl<T: operand::Operand<Accumulator: Exponential>> Scalar for T {}

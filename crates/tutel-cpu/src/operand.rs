@@ -1,12 +1,13 @@
-//! Views of matrices, and how each element type enters a product that accumulates in the accumulator type.
+//! Views of matrices as factors of products.
 use std::ops::Range;
 
-use num_traits::Zero;
 use tutel_core::Element;
+
+use crate::arch::{Level, Scratch};
 
 /// A block of a row-major matrix.
 #[derive(Debug, Clone, Copy)]
-pub struct View<'a, T> {
+pub(crate) struct View<'a, T> {
     /// Starts at the block's first element and reaches at least to its last.
     data: &'a [T],
     rows: usize,
@@ -27,68 +28,45 @@ impl<'a, T> View<'a, T> {
         Self { data, rows: rows_len, columns: columns_len, stride }
     }
 
-    pub(crate) fn rows(&self) -> usize {
-        self.rows
-    }
-
-    pub(crate) fn columns(&self) -> usize {
-        self.columns
-    }
-
     pub(crate) fn stride(&self) -> usize {
         self.stride
     }
 
-    pub(crate) fn data(&self) -> &'a [T] {
-        self.data
+    /// Where a block of the view begins.
+    ///
+    /// # Panics
+    /// When the block is empty or leaves the view.
+    pub(crate) fn pointer(&self, row: usize, column: usize, rows: usize, columns: usize) -> *const T {
+        assert!(rows > 0 && row + rows <= self.rows, "rows {row} + {rows} of {}", self.rows);
+        assert!(columns > 0 && column + columns <= self.columns, "columns {column} + {columns} of {}", self.columns);
+        self.data[row * self.stride + column..].as_ptr()
+    }
+}
+
+/// A view as a factor: as it stands, or transposed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Factor<'a, T> {
+    pub(crate) view: View<'a, T>,
+    pub(crate) transposed: bool,
+}
+
+impl<T> Factor<'_, T> {
+    pub(crate) fn rows(&self) -> usize {
+        if self.transposed { self.view.columns } else { self.view.rows }
     }
 
-    fn row(&self, row: usize) -> &'a [T] {
-        &self.data[row * self.stride..row * self.stride + self.columns]
+    pub(crate) fn columns(&self) -> usize {
+        if self.transposed { self.view.rows } else { self.view.columns }
     }
 }
 
 /// An element type that matrix products take.
-pub trait Operand: Element {
-    /// How many rows or columns of an operand a task takes at most: half types are widened block by block, so that
-    /// the widened block stays in the second-level cache.
-    const BLOCK: usize;
-    /// How much of the summed-over dimension is taken at once, for the same reason.
-    const DEPTH: usize;
-
-    /// The block in the accumulator type; half types are widened into `scratch`.
-    fn widened<'a>(block: View<'a, Self>, scratch: &'a mut Vec<Self::Accumulator>) -> View<'a, Self::Accumulator>;
+pub(crate) trait Operand: Element {
+    /// Leaves `left right` in `scratch`, summed in the accumulator type.
+    fn multiply(
+        level: Level,
+        scratch: &mut Scratch<Self::Accumulator>,
+        left: Factor<'_, Self>,
+        right: Factor<'_, Self>,
+    );
 }
-
-macro_rules! as_it_stands {
-    ($($t:ty),*) => { $(
-        impl Operand for $t {
-            const BLOCK: usize = 512;
-            const DEPTH: usize = usize::MAX;
-            fn widened<'a>(block: View<'a, $t>, _scratch: &'a mut Vec<$t>) -> View<'a, $t> {
-                block
-            }
-        }
-    )* };
-}
-as_it_stands!(f32, f64);
-
-macro_rules! widened_first {
-    ($($t:ty),*) => { $(
-        impl Operand for $t {
-            const BLOCK: usize = 256;
-            const DEPTH: usize = 1024;
-            fn widened<'a>(block: View<'a, $t>, scratch: &'a mut Vec<f32>) -> View<'a, f32> {
-                let View { rows, columns, .. } = block;
-                if columns > 0 {
-                    scratch.resize(rows * columns, f32::zero());
-                    for (row, target) in scratch.chunks_exact_mut(columns).enumerate() {
-                        <$t>::widen_slice(block.row(row), target);
-                    }
-                }
-                View::block(scratch, columns, 0..rows, 0..columns)
-            }
-        }
-    )* };
-}
-widened_first!(half::bf16, half::f16);

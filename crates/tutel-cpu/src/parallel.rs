@@ -36,9 +36,15 @@ pub(crate) fn each_task(parallel: &dyn Parallel, tasks: usize, worker: &(dyn Fn(
     }
 }
 
+/// The caller's threads, or the calling thread alone for work so small (in multiply-adds) that waking others costs more.
+pub(crate) fn worthwhile(parallel: &dyn Parallel, work: usize) -> &dyn Parallel {
+    const LEAST: usize = 1 << 19;
+    if work < LEAST { &Serial } else { parallel }
+}
+
 /// How many items of `cost` elements each make a task worth a thread's while.
 pub(crate) fn items_per_task(cost: usize) -> usize {
-    const ELEMENTS: usize = 16 * 1024;
+    const ELEMENTS: usize = 32 * 1024;
     (ELEMENTS / cost.max(1)).max(1)
 }
 

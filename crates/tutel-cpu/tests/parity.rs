@@ -1,70 +1,12 @@
 //! Every kernel against its naive twin: the error against the f64 reference is at most twice the error that the naive
 //! twin makes in the same type (and never more than a rounding of the largest value), for every element type and
 //! for shapes with odd sizes, empty experts and dropped choices; and results have equal bits for 1, 2 and 4 threads.
-use std::mem::MaybeUninit;
+mod common;
 
-use half::{bf16, f16};
+use common::{A, Values, assert_close, cast, check_grouped, every_type, on_threads, rounded, wide, written};
 use proptest::prelude::*;
-use tutel_core::{Element, GroupedShape, Real, RoutePlan, RoutingShape, RowShape, ScoreFunction, reference};
-use tutel_cpu::{
-    Along, AssignOutput, GroupedGemm, Parallel, Scalar, ScopedThreads, SelectBackward, SelectOutput, Serial,
-};
-
-fn written<T: Copy>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
-    let mut buffer = vec![MaybeUninit::uninit(); len];
-    write(&mut buffer);
-    // SAFETY: kernels write every element of their outputs; Miri and the comparisons below would see one left out.
-    buffer.into_iter().map(|element| unsafe { element.assume_init() }).collect()
-}
-
-/// A seeded stream of values with few significant bits, exact in every element type.
-struct Values(u64);
-
-impl Values {
-    fn next(&mut self, below: u64) -> u64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % below
-    }
-    fn vec(&mut self, len: usize) -> Vec<f64> {
-        (0..len).map(|_| self.next(257) as f64 / 64.0 - 2.0).collect()
-    }
-}
-
-fn cast<T: Element>(values: &[f64]) -> Vec<T> {
-    values.iter().map(|&x| T::narrow(T::Accumulator::from_f64(x))).collect()
-}
-
-fn wide<T: Element>(values: &[T]) -> Vec<f64> {
-    values.iter().map(|x| x.widen().to_f64()).collect()
-}
-
-/// Rounds the naive twin's accumulators to the type, as the kernel does.
-fn rounded<T: Element>(values: &[T::Accumulator]) -> Vec<f64> {
-    values.iter().map(|&x| T::narrow(x).widen().to_f64()).collect()
-}
-
-fn assert_close<T: Element>(what: &str, ours: &[f64], naive: &[f64], truth: &[f64]) {
-    assert_eq!(ours.len(), truth.len(), "{what}");
-    let error = |values: &[f64]| values.iter().zip(truth).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
-    let largest = truth.iter().fold(0.0f64, |largest, x| largest.max(x.abs()));
-    // The naive twin may be lucky, and in f64 it is the reference itself: some roundings of values of magnitude 1 are free.
-    let roundings = T::EPSILON.max(4.0 * <A<T> as Element>::EPSILON).max(64.0 * f64::EPSILON);
-    let allowed = (2.0 * error(naive)).max(largest.max(1.0) * roundings);
-    assert!(error(ours) <= allowed, "{what}: error {:e}, allowed {allowed:e}", error(ours));
-}
-
-fn threads() -> [Box<dyn Parallel>; 3] {
-    [Box::new(Serial), Box::new(ScopedThreads(2)), Box::new(ScopedThreads(4))]
-}
-
-/// Runs a kernel with 1, 2 and 4 threads and asks for equal bits.
-fn on_threads<R: PartialEq + std::fmt::Debug>(run: impl Fn(&dyn Parallel) -> R) -> R {
-    let [one, two, four] = threads();
-    let result = run(&*one);
-    assert!(result == run(&*two), "2 threads give other bits");
-    assert!(result == run(&*four), "4 threads give other bits");
-    result
-}
+use tutel_core::{GroupedShape, RoutePlan, RoutingShape, RowShape, ScoreFunction, reference};
+use tutel_cpu::{Along, AssignOutput, GroupedGemm, Parallel, Scalar, SelectBackward, SelectOutput, Serial};
 
 type SelectionOf<T> = (Vec<i32>, Vec<T>, Vec<T>, Vec<T>);
 
@@ -88,8 +30,6 @@ fn select<T: Scalar>(
     });
     (ids, weights, top_scores, score_sums)
 }
-
-type A<T> = <T as Element>::Accumulator;
 
 fn check_select<T: Scalar>(shape: RoutingShape, function: ScoreFunction, normalize: bool, seed: u64) {
     let logits = Values(seed).vec(shape.tokens * shape.experts);
@@ -193,56 +133,6 @@ fn check_rows<T: Scalar>(plan: &RoutePlan, routing: RoutingShape, width: usize, 
     let naive = reference::row_dot(&rows, &plan.row_index, &tokens, shape);
     let truth = reference::row_dot(&exact_rows, &plan.row_index, &exact_tokens, shape);
     assert_close::<T::Accumulator>("row_dot", &wide(&dots), &wide(&naive), &truth);
-}
-
-fn check_grouped<T: Scalar>(offsets: &[i64], shape: GroupedShape, transposed: bool, biased: bool, seed: u64) {
-    let GroupedShape { experts, rows, inner, outer } = shape;
-    let mut values = Values(seed);
-    let left = cast::<T>(&values.vec(rows * inner));
-    let right = cast::<T>(&values.vec(rows * outer));
-    let weight = cast::<T>(&values.vec(experts * inner * outer));
-    let bias = cast::<T>(&values.vec(experts * outer));
-    let (exact_left, exact_right) = (wide(&left), wide(&right));
-    let (exact_weight, exact_bias) = (wide(&weight), wide(&bias));
-    let bias = biased.then_some(&bias[..]);
-    let exact_bias = biased.then_some(&exact_bias[..]);
-
-    let product = on_threads(|parallel| {
-        written(rows * outer, |output| {
-            let input = GroupedGemm { rows: &left, weight: &weight, bias, offsets, transposed };
-            tutel_cpu::grouped_gemm(input, shape, output, parallel).unwrap();
-        })
-    });
-    let naive = reference::grouped_gemm(&left, &weight, bias, offsets, shape, transposed);
-    let truth = reference::grouped_gemm(&exact_left, &exact_weight, exact_bias, offsets, shape, transposed);
-    assert_close::<T>("grouped_gemm", &wide(&product), &rounded::<T>(&naive), &truth);
-
-    let grad = on_threads(|parallel| {
-        written(experts * inner * outer, |output| {
-            tutel_cpu::grouped_gemm_weight_grad(&left, &right, offsets, shape, output, parallel).unwrap();
-        })
-    });
-    let naive = reference::grouped_gemm_weight_grad(&left, &right, offsets, shape);
-    let truth = reference::grouped_gemm_weight_grad(&exact_left, &exact_right, offsets, shape);
-    assert_close::<T>("weight_grad", &wide(&grad), &rounded::<T>(&naive), &truth);
-
-    let sums = on_threads(|parallel| {
-        written(experts * inner, |output| {
-            tutel_cpu::grouped_sum(&left, offsets, (rows, inner), output, parallel).unwrap();
-        })
-    });
-    let naive = reference::grouped_sum(&left, offsets, inner);
-    let truth = reference::grouped_sum(&exact_left, offsets, inner);
-    assert_close::<T>("grouped_sum", &wide(&sums), &rounded::<T>(&naive), &truth);
-}
-
-macro_rules! every_type {
-    ($check:ident($($argument:expr),* $(,)?)) => {
-        $check::<f64>($($argument),*);
-        $check::<f32>($($argument),*);
-        $check::<bf16>($($argument),*);
-        $check::<f16>($($argument),*);
-    };
 }
 
 fn ids_of(shape: RoutingShape, skew: bool, holes: bool, seed: u64) -> Vec<i32> {

@@ -10,12 +10,27 @@ mod threads;
 mod _core {
     use std::path::PathBuf;
 
-    use pyo3::exceptions::PyImportError;
+    use pyo3::exceptions::{PyImportError, PyValueError};
     use pyo3::prelude::*;
+    use tutel_cpu::{Level, UnknownLevel};
 
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "a Python name")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    /// Uses no more of the processor's features than those of this level from now on.
+    #[pyfunction]
+    fn set_cpu_level(name: &str) -> PyResult<()> {
+        let level: Level = name.parse().map_err(|error: UnknownLevel| PyValueError::new_err(error.to_string()))?;
+        level.set_cap();
+        Ok(())
+    }
+
+    /// The level of processor features that kernels use.
+    #[pyfunction]
+    fn cpu_level() -> &'static str {
+        Level::current().name()
+    }
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -57,11 +57,14 @@ def check_seeds(seeds: Any) -> tuple[int | None, int | None, int | None]:
 
     Raises:
         TypeError: If a seed is neither an integer nor None.
-        ValueError: If there are not two or three.
+        ValueError: If there are not two or three, or one is beyond what torch takes.
     """
     if seeds is None:
         return None, None, None
     if not isinstance(seeds, tuple | list) or len(seeds) not in (2, 3):
         raise ValueError(f"seeds must be (shared, local) or (shared, local, after), got {seeds!r}")
     checked = [None if seed is None else check_int("seeds", seed, at_least=-(2**63)) for seed in (*seeds, None)]
+    for seed in checked:
+        if seed is not None and seed >= 2**64:
+            raise ValueError(f"seeds must be below 2**64, got {seed}")
     return checked[0], checked[1], checked[2]

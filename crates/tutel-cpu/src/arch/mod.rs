@@ -1,6 +1,16 @@
-//! What lies below Rust's checks: the matrix product of one tile.
-#![expect(unsafe_code, reason = "calls that take raw pointers")]
+//! What lies below Rust's checks: products in the registers of each kind of processor.
+#![expect(unsafe_code, reason = "processor features and raw pointers")]
+#![expect(
+    clippy::inline_always,
+    reason = "a function that is not inlined is compiled without the processor's features"
+)]
 
-mod gemm;
+mod kernel;
+mod level;
+mod portable;
+mod product;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
-pub(crate) use gemm::{Factor, multiply};
+pub use level::{Level, UnknownLevel};
+pub(crate) use product::Scratch;

@@ -1,0 +1,127 @@
+//! AVX2 and FMA, with F16C: 16 registers of 256 bits.
+use std::arch::x86_64::{
+    __m256, __m256d, _mm256_add_pd, _mm256_add_ps, _mm256_broadcast_sd, _mm256_broadcast_ss, _mm256_fmadd_pd,
+    _mm256_fmadd_ps, _mm256_loadu_pd, _mm256_loadu_ps, _mm256_setzero_pd, _mm256_setzero_ps, _mm256_storeu_pd,
+    _mm256_storeu_ps,
+};
+use std::marker::PhantomData;
+
+use tutel_core::Element;
+
+use crate::arch::kernel::Kernel;
+use crate::arch::portable::Portable;
+
+/// Elements whose accumulator is f32.
+pub(crate) struct Avx2<T>(PhantomData<T>);
+/// f64.
+pub(crate) struct Avx2F64;
+
+/// The functions of [`Kernel`] that one register type of floats has in every kernel.
+macro_rules! float_kernel {
+    ($sum:ty, $register:ty, $lanes:literal, $rows:literal, $zero:ident, $load:ident, $store:ident, $add:ident, $broadcast:expr, $fma:ident) => {
+        type Unit = $sum;
+        type Sum = $sum;
+        type Register = $register;
+        type Factor = $register;
+        const DEPTH: usize = 1;
+        const LANES: usize = $lanes;
+        const ROWS: usize = $rows;
+
+        #[inline(always)]
+        unsafe fn zero() -> $register {
+            // SAFETY: our caller vouches for the features.
+            unsafe { $zero() }
+        }
+        #[inline(always)]
+        unsafe fn add_to(sums: *mut $sum, register: $register) {
+            // SAFETY: our caller vouches for LANES sums and for the features.
+            unsafe { $store(sums, $add($load(sums), register)) }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(sums: *const $sum) {
+            // SAFETY: our caller vouches for the features.
+            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(sums.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn factor(units: *const $sum) -> $register {
+            // SAFETY: our caller vouches for LANES units and for the features.
+            unsafe { $load(units) }
+        }
+        #[inline(always)]
+        unsafe fn step(sum: $register, left: *const $sum, right: $register) -> $register {
+            // SAFETY: our caller vouches for one unit and for the features.
+            unsafe { $fma($broadcast(&*left), right, sum) }
+        }
+    };
+}
+pub(super) use float_kernel;
+
+// SAFETY: needs avx2, fma, f16c.
+unsafe impl<T: Element<Accumulator = f32>> Kernel for Avx2<T> {
+    type Element = T;
+    float_kernel!(
+        f32,
+        __m256,
+        8,
+        6,
+        _mm256_setzero_ps,
+        _mm256_loadu_ps,
+        _mm256_storeu_ps,
+        _mm256_add_ps,
+        _mm256_broadcast_ss,
+        _mm256_fmadd_ps
+    );
+
+    #[inline(always)]
+    unsafe fn pack_across(source: *const T, stride: usize, depth: usize, count: usize, target: *mut f32) {
+        // SAFETY: passed on from our caller.
+        unsafe { Portable::<T>::pack_across(source, stride, depth, count, target) }
+    }
+    #[inline(always)]
+    unsafe fn pack_along(
+        source: *const T,
+        stride: usize,
+        depth: usize,
+        count: usize,
+        target: *mut f32,
+        target_stride: usize,
+    ) {
+        // SAFETY: passed on from our caller.
+        unsafe { Portable::<T>::pack_along(source, stride, depth, count, target, target_stride) }
+    }
+}
+
+// SAFETY: needs avx2, fma.
+unsafe impl Kernel for Avx2F64 {
+    type Element = f64;
+    float_kernel!(
+        f64,
+        __m256d,
+        4,
+        6,
+        _mm256_setzero_pd,
+        _mm256_loadu_pd,
+        _mm256_storeu_pd,
+        _mm256_add_pd,
+        _mm256_broadcast_sd,
+        _mm256_fmadd_pd
+    );
+
+    #[inline(always)]
+    unsafe fn pack_across(source: *const f64, stride: usize, depth: usize, count: usize, target: *mut f64) {
+        // SAFETY: passed on from our caller.
+        unsafe { Portable::<f64>::pack_across(source, stride, depth, count, target) }
+    }
+    #[inline(always)]
+    unsafe fn pack_along(
+        source: *const f64,
+        stride: usize,
+        depth: usize,
+        count: usize,
+        target: *mut f64,
+        target_stride: usize,
+    ) {
+        // SAFETY: passed on from our caller.
+        unsafe { Portable::<f64>::pack_along(source, stride, depth, count, target, target_stride) }
+    }
+}
