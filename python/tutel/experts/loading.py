@@ -12,13 +12,14 @@ from tutel.experts.legacy import NAMES, detect_layout, from_legacy
 _COUNT = "_num_global_experts"
 
 
-def prepare_state(layer: nn.Module, state: dict[str, Any], prefix: str, strict: bool, errors: list[str]) -> None:
+def prepare_state(layer: nn.Module, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
     """Make a state dict fit, in place, before torch loads it.
 
     - A missing count of experts is accepted with a warning, a different one is an error that names both.
     - Experts of an older layout are converted with a warning.
     - A tensor with as many elements as its parameter is reshaped.
-    - Under ``strict=False``, an expert parameter that is missing gives a warning (torch makes it an error otherwise).
+    - An expert parameter that is missing gives a warning; under ``strict=True`` torch makes it an error afterwards. (A
+      hook is not told which: torch hands it ``strict=True`` always.)
     """
     experts = layer.experts
     assert isinstance(experts, nn.Module)
@@ -29,8 +30,7 @@ def prepare_state(layer: nn.Module, state: dict[str, Any], prefix: str, strict: 
         key = f"{prefix}experts.{name}"
         value = state.get(key)
         if value is None:
-            if not strict:
-                warnings.warn(f"the state dict has no {key!r}: the experts keep theirs", UserWarning, stacklevel=2)
+            warnings.warn(f"the state dict has no {key!r}: the experts keep theirs", UserWarning, stacklevel=2)
         elif isinstance(value, Tensor) and value.shape != parameter.shape and value.numel() == parameter.numel():
             state[key] = value.reshape(parameter.shape)
 

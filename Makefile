@@ -1,0 +1,106 @@
+# Everything a developer does, one target each; `make` alone lists them.
+# It needs Rust, Python >= 3.10 with venv, a C linker and this file's `make`; all else is fetched into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Without this, pyo3 would look for a Python to link the module with; torch's process has one already.
+export PYO3_BUILD_EXTENSION_MODULE := 1
+
+# Directories stand here too: their times change when a file is taken away.
+SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE \
+	$(shell find crates python -not -name '__pycache__' -not -name '*.pyc' -not -name '*.so')
+TOOLS := $(VENV)/.tools
+WHEEL := dist/.built
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint test-rust test-python matrix test-wheel wheel bench develop freeze clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## create .venv, build the wheel and install it there; repeats only what has changed
+
+demo: setup ## train the helloworld layer on whatever device is there
+	@$(RUN) -m tutel.examples.helloworld --batch_size=2 --num_steps=10
+
+# The last line printed is pytest's count.
+test: setup lint test-rust test-wheel test-python ## run every check, with the wheel as users get it
+
+lint: setup ## check formatting, lints, types, stubs, documentation and licences
+	@echo "== rust: fmt, clippy, doc, deny"
+	@cargo fmt --all --check
+	@cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+	@RUSTDOCFLAGS="-D warnings" cargo doc --quiet --locked --workspace --no-deps --document-private-items
+	@if cargo deny --version >/dev/null 2>&1; then cargo deny --log-level error check bans licenses sources; \
+	elif [ "$$CI" = true ]; then echo "cargo-deny is missing (cargo install --locked cargo-deny)" >&2; exit 1; \
+	else echo "cargo-deny is skipped: it is not installed (cargo install --locked cargo-deny)"; fi
+	@echo "== python: ruff, mypy, stubtest"
+	@$(RUN) -m ruff check --quiet .
+	@$(RUN) -m ruff format --quiet --check . || { echo "run '$(RUN) -m ruff format .'" >&2; exit 1; }
+	@$(RUN) -m mypy --no-error-summary
+	@$(RUN) -m mypy.stubtest --concise tutel._core
+
+test-rust: ## run the crates' own tests
+	@echo "== cargo test"
+	@mkdir -p target
+	@cargo test --quiet --locked --workspace >target/tests.log 2>&1 || { cat target/tests.log; exit 1; }
+	@awk '/^test result/ { passed += $$4; ignored += $$8 } END { print passed " passed, " ignored " ignored" }' \
+		target/tests.log
+
+test-python: setup ## run pytest against the installed wheel
+	@echo "== pytest, with the installed wheel"
+	@$(RUN) tests/packaging/error_paths.py
+	@$(RUN) -m pytest
+
+matrix: setup ## every gate x expert x option in every dtype (make test takes a sample)
+	@TUTEL_TEST_MATRIX=full $(RUN) -m pytest tests/matrix
+
+test-wheel: wheel ## try the wheel in a clean environment with the oldest torch and Python (.venv-*)
+	@$(RUN) tests/packaging/clean_environments.py dist
+
+wheel: $(WHEEL) ## build the release wheel into dist/
+
+bench: setup ## run the benchmarks
+	@$(RUN) -m benches
+
+develop: $(TOOLS) ## install an editable build, for working on the code (make setup brings the wheel back)
+	@rm -f $(INSTALLED)
+	@$(RUN) -m pip install --quiet "torch>=2.10" "tqdm>=4.60"
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(RUN) -m maturin develop --release --locked
+
+freeze: setup ## accept the present public names as the frozen ones
+	@$(RUN) tests/packaging/test_public_names.py
+
+clean: ## remove what was built, and the environments
+	@rm -rf target dist build $(VENV) .venv-* python/tutel/*.so
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(TOOLS): pyproject.toml
+	@command -v cargo >/dev/null || { echo "tutel needs Rust: no cargo on PATH (see rustup.rs)" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "tutel needs Python 3.10 or newer: there is no $(PYTHON)" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+		"tutel needs Python 3.10 or newer, and $(PYTHON) is %d.%d (choose another: make PYTHON=...)" % sys.version_info[:2])'
+	@echo "== tools into $(VENV)"
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --upgrade "pip>=25.1"
+	@$(RUN) -m pip install --quiet --group build --group lint --group test
+	@touch $@
+
+$(WHEEL): $(TOOLS) $(SOURCES)
+	@echo "== wheel into dist/"
+	@rm -rf dist
+	@$(RUN) -m maturin build --quiet --release --locked --out dist
+	@touch $@
+
+# The version stays the same between builds, so pip has to be told to replace it.
+$(INSTALLED): $(WHEEL)
+	@echo "== tutel and PyTorch into $(VENV) (PyTorch is large: the first time takes minutes)"
+	@$(RUN) -m pip install --quiet dist/*.whl
+	@$(RUN) -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	@touch $@

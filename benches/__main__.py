@@ -1,0 +1,7 @@
+"""``python -m benches``."""
+
+import sys
+
+from benches.cli import main
+
+sys.exit(main())

@@ -1,0 +1,138 @@
+"""A run as text for the terminal and as Markdown for the record."""
+
+from collections.abc import Sequence
+
+from benches.harness import Spread
+from benches.results import Run
+
+_OURS = ["workload", "ours min", "med", "q1-q3", "cpu", "% wall", "% cpu", "% +fresh", "others"]
+_HEADER = [*_OURS, "peer", "min", "med", "ratio", "q1-q3"]
+_LEFT = {0, len(_OURS)}
+#: Cores of other work from which a record says that it was disturbed.
+_DISTURBED = 0.1
+
+_METHOD = """\
+All sides run in one process, warmed, by turns (A B A B, every other round B A B A); results are compared before they
+are timed. *ratio* is ours / peer by the clock, paired round by round, its median and quartiles: below 1 we are faster.
+*% wall* is the share of our least time that the machine needs for the work's FLOPs at its best matrix product (G) or
+for its bytes at its warm bandwidth (M), whichever is more. *cpu* is our least processor time divided by the number of
+threads, *% cpu* the same share in processor time: on a busy machine it tells more, but it does not see threads that
+wait. *% +fresh* is *% cpu* with the first touch of fresh memory in the floor, done the cheapest way measured. Floors
+are the best rates seen in the same run. *others* is how many cores other processes used meanwhile."""
+
+
+def duration(seconds: float) -> str:
+    """Return a time in ms with three digits."""
+    ms = seconds * 1e3
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
+
+
+def _quartiles(spread: Spread) -> str:
+    return f"{duration(spread.lower)}-{duration(spread.upper)}"
+
+
+def _rows(run: Run) -> list[list[str]]:
+    rows = []
+    for result in run.results:
+        one = result.measured
+        ours = [one.name, duration(one.ours.minimum), duration(one.ours.median), _quartiles(one.ours)]
+        ours += [duration(one.cpu), f"{result.share:.0%} {result.bound[0]}", f"{result.cpu_share:.0%}"]
+        ours += [f"{result.cpu_share_with_fresh:.0%}", f"{one.other_cores:.1f}"]
+        for peer in one.peers:
+            ratio = [f"{peer.ratio.median:.2f}", f"{peer.ratio.lower:.2f}-{peer.ratio.upper:.2f}"]
+            rows.append([*ours, peer.name, duration(peer.seconds.minimum), duration(peer.seconds.median), *ratio])
+            # Further peers stand below with our columns left blank.
+            ours = [""] * len(ours)
+    return rows
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: set[int]) -> str:
+    """Return a table of plain text; columns in ``left`` are aligned there, all others right."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _pipes(header: Sequence[str], rows: Sequence[Sequence[str]], left: set[int]) -> str:
+    rule = [":--" if i in left else "--:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, rule, *rows])
+
+
+def _floors(run: Run) -> list[str]:
+    lines = []
+    for clock, subjects in run.rates.items():
+        for subject, rates in subjects.items():
+            unit = "GB/s" if subject == "memory" else "GFLOP/s"
+            each = ", ".join(f"{name} {rate / 1e9:.4g}" for name, rate in rates.items())
+            lines.append(f"by {clock} time, {subject}: {each} {unit}")
+    return lines
+
+
+def _failures(run: Run) -> list[str]:
+    return [f"\nNot timed: {name}: {reason}" for name, reason in run.failures.items()]
+
+
+def _effort(run: Run) -> str:
+    effort = run.effort
+    return (
+        f"at least {effort['least_rounds']:.0f} rounds and up to {effort['most_rounds']:.0f} in "
+        f"{effort['seconds']:.0f} s a workload; a sample takes at least {effort['sample_seconds'] * 1e3:.0f} ms"
+    )
+
+
+def text(run: Run) -> str:
+    """Return the report for the terminal."""
+    lines = [f"{name}: {value}" for name, value in run.machine.items()]
+    lines += [*_floors(run), f"others: {run.other_cores:.1f} cores busy with other work", ""]
+    return "\n".join(
+        [*lines, "times in ms; ratio = ours / peer", "", aligned(_HEADER, _rows(run), _LEFT), *_failures(run)]
+    )
+
+
+def markdown(run: Run, name: str) -> str:
+    """Return the record."""
+    results = "\n".join([_pipes(_HEADER, _rows(run), _LEFT), *_failures(run)])
+    machine = "\n".join(f"- {key}: {value}" for key, value in run.machine.items() if value)
+    floors = "\n".join(f"- {line}" for line in _floors(run))
+    noise = f"Other processes kept {run.other_cores:.1f} of {run.machine['cores']} cores busy during the run."
+    if run.other_cores > _DISTURBED:
+        noise += " Absolute times and shares of the floor are worse than on an idle machine."
+    return f"""# {run.machine["cpu"]}, {run.machine["cores"]} cores, {run.machine["date"]}
+
+{" ".join(filter(None, [noise, run.note]))}
+
+## Machine and settings
+
+{machine}
+- effort: {_effort(run)}
+
+## Floors, measured in this run
+
+{floors}
+
+## Method
+
+{_METHOD}
+
+## Results
+
+Times in ms.
+
+{results}
+
+## Again
+
+```
+python -m benches --record {name}
+python -m benches --list                      # workloads
+python -m benches --filter REGEX --quick      # a look at some
+```
+"""

@@ -1,0 +1,1 @@
+"""Historic import paths; each module only hands on what stands elsewhere."""

@@ -1,0 +1,24 @@
+"""What all tests share: reproducible examples, and torch's global settings as they were."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run: a failure in CI is the failure at home.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _torch_as_it_was(monkeypatch):
+    """Each test starts from the same global settings and cannot pass its own on."""
+    for name in ("CAP_FACTOR", "BATCH_PRIO", "SKIP_MOE", "SKIP_EXPERT", "ONES_GATE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
