@@ -47,7 +47,10 @@ def _measure(workload: Workload, effort: Effort) -> tuple[Measured, Work]:
 def _measure_all(
     workloads: list[Workload], effort: Effort, floors: Floors, failures: dict[str, str]
 ) -> list[tuple[Measured, Work]]:
-    """Measure; failures get the workloads whose sides do not agree. Floors are measured anew before each subject, so that one busy moment does not lower them."""
+    """Measure; workloads whose sides do not agree go to ``failures`` instead.
+
+    Floors are measured anew before each subject, so that one busy moment does not lower them.
+    """
     measured = []
     subject = ""
     for workload in workloads:

@@ -129,7 +129,8 @@ def padded_rows(ids, slots, num_experts, capacity):
 
 def gshard_loss(score_sums, first_choices, num_tokens, dtype):
     count = max(num_tokens, 1)
-    return len(first_choices) * ((score_sums / count).to(dtype) * (first_choices / count).to(dtype)).sum()
+    shares = first_choices.to(score_sums.dtype) / count
+    return len(first_choices) * ((score_sums / count).to(dtype) * shares.to(dtype)).sum()
 
 
 # --- Rows and experts ------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ from tutel.moe import MOELayer
 
 
 def _route(gate: nn.Linear, tokens: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    scores = F.softmax(gate(tokens.to(gate.weight.dtype)), dim=1)
+    # In fp32 at least, as our gate is told to: the stored weight may be of a half type.
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    scores = F.softmax(F.linear(tokens.to(dtype), gate.weight.to(dtype)), dim=1)
     weights, ids = torch.topk(scores, top_k, dim=1)
     return ids, (weights / weights.sum(dim=1, keepdim=True)).to(tokens.dtype)
 

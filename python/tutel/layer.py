@@ -103,7 +103,7 @@ class MOELayer(nn.Module):
         self._sync = LocalSync()
         self._dispatcher = LocalDispatcher(weigh_inputs=not self.is_postscore)
 
-        gates = config.take_deprecated(kwargs, config.gate_dicts(gate_type))
+        gates = config.take_deprecated(kwargs, config.gate_dicts(gate_type), constructor=type(self))
         self.num_local_experts, self.sharded_count = config.resolve_expert_count(
             gates, experts, world_size=self.world_size
         )
@@ -322,7 +322,7 @@ class MOELayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Mark the parameters again: ``copy.deepcopy`` of a parameter leaves its attributes out."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._mark_experts(None)
 
 

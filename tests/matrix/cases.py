@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from matrix import twin, user
 from reference import DTYPES, random_values
+
 from tutel import moe
 
 MODEL_DIM, HIDDEN, EXPERTS, TOKENS, TOP_K = 6, 5, 4, 13, 2

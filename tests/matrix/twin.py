@@ -1,8 +1,10 @@
 """The naive twin of a layer with any gate and any experts, on top of the twins of the routing in tests/reference.py.
 
-What is the user's own (gates, experts, activations) is called as it is; all of ours is computed here once more, plainly.
+What is the user's own (gates, experts, activations) is called as it is; all of ours is computed here once more.
 Half types are widened within a step and rounded at its end.
 """
+
+import itertools
 
 import reference
 import torch
@@ -43,7 +45,7 @@ def ffn(experts, rows, offsets):
     )  # fmt: skip
     bounds = offsets.tolist()
     parts = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         part = hidden[start:end]
         if config.activation_with_self is not None:
             parts.append(config.activation_with_self(part, experts))
@@ -64,14 +66,14 @@ def llama_ffn(experts, rows, offsets):
 def of_rows(function, rows, offsets):
     """Call ``function(e, rows of e)`` for each expert; zeros behind."""
     bounds = offsets.tolist()
-    parts = [function(e, rows[start:end]) for e, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))]
+    parts = [function(e, rows[start:end]) for e, (start, end) in enumerate(itertools.pairwise(bounds))]
     return torch.cat([*parts, parts[0].new_zeros((rows.shape[0] - bounds[-1], parts[0].shape[1]))])
 
 
 def stacked(function, rows, offsets):
     """Call a function of [e, rows, D] on the experts' rows, filled up with zeros."""
     bounds = offsets.tolist()
-    owned = [rows[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    owned = [rows[start:end] for start, end in itertools.pairwise(bounds)]
     output = function(nn.utils.rnn.pad_sequence(owned, batch_first=True))
     return of_rows(lambda e, part: output[e, : len(part)], rows, offsets)
 
@@ -106,4 +108,6 @@ def forward(layer, tokens):
     rows = reference.dispatch(tokens, plan.row_choice, top_k, None if layer.is_postscore else weights)
     rows = compute(layer.experts, rows, plan.offsets)
     output = reference.combine(rows, plan.row_index, weights if layer.is_postscore else None)
-    return output, reference.gshard_loss(chosen.score_sums, plan.first_choices, num_tokens, scores_of.dtype)
+    # In the sums' dtype: torch divides integers in its default dtype.
+    first_choices = plan.first_choices.to(chosen.score_sums.dtype)
+    return output, reference.gshard_loss(chosen.score_sums, first_choices, num_tokens, scores_of.dtype)

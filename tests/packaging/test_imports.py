@@ -17,8 +17,7 @@ except ModuleNotFoundError:  # Python 3.10, where pytest brings its forerunner
 #: Rooms that are planned stand here already.
 LAYERS = [
     {"_core", "_requirements"},
-    {"__init__"},
-    {"errors", "env", "config", "sync"},
+    {"__init__", "errors", "env", "config", "sync"},
     {"functional"},
     {"gates", "route", "losses", "experts"},
     {"distributed"},
@@ -30,7 +29,7 @@ LAYERS = [
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 
 #: Where torch.distributed may be used: (room, function); None stands for all of it.
-MAY_USE_DISTRIBUTED = {("distributed", None), ("layer", "_require_one_rank")}
+MAY_USE_DISTRIBUTED = {("distributed", None)}
 
 #: The workspace's crates, and which of them each may depend on.
 CRATES = {
@@ -40,7 +39,7 @@ CRATES = {
     "tutel-torch": {"tutel-core", "tutel-cpu", "torch-stable"},
 }
 #: Crates from outside that have one home each.
-HOMES = {"gemm": "tutel-cpu", "libloading": "torch-stable", "pyo3": "tutel-torch"}
+HOMES = {"libloading": "torch-stable", "pyo3": "tutel-torch"}
 
 MAY_BE_UNSAFE = ("crates/torch-stable/src/", "crates/tutel-cpu/src/arch/", "crates/tutel-cpu/src/disjoint.rs")
 

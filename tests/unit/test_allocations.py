@@ -3,9 +3,10 @@
 import pytest
 import torch
 from matrix import cases, user
-from tutel import moe
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from tutel import moe
 
 # Sizes, and products of them, that differ from all others.
 T, E, K, D, H = 1013, 11, 2, 37, 53
@@ -75,10 +76,9 @@ def volume(entry):
 
 
 def test_sizes_differ():
-    sizes = {"tokens": T * D, "rows": T * K * D, "hidden": T * K * H, "both": T * K * 2 * H, "output": T * K * 29,
-             "W1": E * H * D, "twice W1": 2 * E * H * D, "W3": E * 3 * D * D, "hidden of attention": E * CAPACITY * 3 * D,
-             "padded": PADDED}  # fmt: skip
-    assert len(set(sizes.values())) == len(sizes)
+    rows, weights = [T * D, T * K * D, T * K * H, T * K * 2 * H, T * K * 29], [E * H * D, 2 * E * H * D, E * H * 29]
+    sizes = [*rows, *weights, PADDED, E * 3 * D * D, E * CAPACITY * 3 * D]
+    assert len(set(sizes)) == len(sizes)
     assert max(T * K, E * CAPACITY) < MASK
 
 

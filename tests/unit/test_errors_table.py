@@ -1,4 +1,4 @@
-"""Bad options of every kind of gate and experts, bad modules of users, bad states: who is at fault, and what is allowed.
+"""Bad options of every kind of gate and experts, bad modules of users, bad states: what is wrong, what is allowed.
 
 Those of the plain layer, of its input and of operators: test_bad_*.py.
 """
@@ -10,8 +10,9 @@ import pytest
 import torch
 from matrix import user
 from reference import make_layer
-from tutel import checkpoint, moe
 from tutel.impls.losses import gshard_loss, load_importance_loss
+
+from tutel import checkpoint, moe
 
 TOP, COSINE, MEGATRON = {"type": "top"}, {"type": "cosine_top"}, {"type": "megatron"}
 GATE = {"type": "custom", "module": user.Gate}
@@ -37,6 +38,9 @@ class TopK(NoTopK):
         self.top_k = top_k
 
 
+GATES = "'top', 'cosine_top', 'megatron' or 'custom'"
+EXPERTS = "'ffn', 'attention', 'llama_ffn' or 'custom'"
+NO_MODULE = r"\['module'\] must make a torch\.nn\.Module, got str from no_module"
 NOT_CALLABLE = r"must be callable.*, got "
 UNKNOWN_TOP = (
     r"unknown option 'proj_dim'; allowed are batch_prioritized_routing, capacity_factor, fp32_gate, gate_noise, "
@@ -69,9 +73,9 @@ MADE = [
     (TOP, {**FFN, "attention_fn": torch.tanh}, {}, ValueError, UNKNOWN_FFN),
     (TOP, {**LLAMA, "output_dim": 3}, {}, ValueError, UNKNOWN_LLAMA),
     (TOP, {**ATTENTION, "hidden_size_per_expert": 3}, {}, ValueError, UNKNOWN_ATTENTION),
-    (TOP, FFN, {"gates": 1}, TypeError, r"moe_layer has no argument 'gates'.*gate_type.*use_2dh"),
-    ({"type": "cosine"}, FFN, {}, ValueError, r"gate_type\['type'\] must be 'top', 'cosine_top', 'megatron' or 'custom', got 'cosine'"),
-    (TOP, {"type": "glu"}, {}, ValueError, r"\['type'\] must be 'ffn', 'attention', 'llama_ffn' or 'custom', got 'glu'"),
+    (TOP, FFN, {"gates": 1}, TypeError, r"moe_layer has no argument 'gates'; allowed are gate_type, .* or use_2dh$"),
+    ({"type": "cosine"}, FFN, {}, ValueError, rf"gate_type\['type'\] must be {GATES}, got 'cosine'"),
+    (TOP, {"type": "glu"}, {}, ValueError, rf"experts\['type'\] must be {EXPERTS}, got 'glu'"),
     ("TopGate", FFN, {}, ValueError, r"must have the form 'Top<k>Gate', got 'TopGate'"),
     # Gate top.
     ({**TOP, "input_dropout_p": 1.0}, FFN, {}, ValueError, r"gate_type\['input_dropout_p'\] must be below 1, got 1\.0"),
@@ -89,7 +93,7 @@ MADE = [
     ({"type": "custom"}, FFN, {}, ValueError, r"gate_type of type 'custom' must have 'module', the gate's class"),
     ({**GATE, "module": "Gate"}, FFN, {}, TypeError, rf"gate_type\['module'\] {NOT_CALLABLE}'Gate'"),
     ({**GATE, "module": None}, FFN, {}, TypeError, rf"gate_type\['module'\] {NOT_CALLABLE}None"),
-    ({**GATE, "module": no_module}, FFN, {}, TypeError, r"\['module'\] must make a torch\.nn\.Module, got str from no_module"),
+    ({**GATE, "module": no_module}, FFN, {}, TypeError, NO_MODULE),
     ({**GATE, "module": NoTopK}, FFN, {}, TypeError, r"the gate NoTopK must have an attribute `top_k`"),
     ({**GATE, "module": TopK, "top_k": 0}, FFN, {}, ValueError, r"TopK\.top_k must be at least 1, got 0"),
     ({**GATE, "module": TopK, "top_k": 1.5}, FFN, {}, TypeError, r"TopK\.top_k must be an integer, got 1\.5"),
@@ -106,7 +110,7 @@ MADE = [
     (TOP, {**FFN, "fc1_copies": 0}, {}, ValueError, r"experts\['fc1_copies'\] must be at least 1, got 0"),
     (TOP, {**FFN, "output_dim": 2.5}, {}, TypeError, r"experts\['output_dim'\] must be an integer, got 2\.5"),
     (TOP, {**FFN, "has_fc2_bias": "no"}, {}, TypeError, r"experts\['has_fc2_bias'\] must be True or False, got 'no'"),
-    (TOP, {**FFN, "activation_fn_with_self": 1}, {}, TypeError, rf"experts\['activation_fn_with_self'\] {NOT_CALLABLE}1"),
+    (TOP, {**FFN, "activation_fn_with_self": 1}, {}, TypeError, rf"activation_fn_with_self'\] {NOT_CALLABLE}1"),
     (TOP, {**FFN, "fused_custom_fn": "f"}, {}, TypeError, rf"experts\['fused_custom_fn'\] {NOT_CALLABLE}'f'"),
     (TOP, {**FFN, "activation_fn": torch.tanh, "activation_fn_with_self": torch.tanh}, {}, ValueError,
      r"only one of 'activation_fn' or 'activation_fn_with_self'"),
@@ -120,10 +124,10 @@ MADE = [
     # Experts custom and modules.
     (TOP, {"type": "custom"}, {}, ValueError, r"experts of type 'custom' must have 'module', the experts' class"),
     (TOP, {**CUSTOM, "module": 3}, {}, TypeError, rf"experts\['module'\] {NOT_CALLABLE}3"),
-    (TOP, {**CUSTOM, "module": no_module}, {}, TypeError, r"must make a torch\.nn\.Module, got str from no_module"),
+    (TOP, {**CUSTOM, "module": no_module}, {}, TypeError, NO_MODULE),
     (TOP, {**CUSTOM, "nothing": 1}, {}, TypeError, r"unexpected keyword argument 'nothing'"),
-    (TOP, [], {}, TypeError, r"experts as a list must hold at least one torch\.nn\.Module, got \[\]"),
-    (TOP, torch.nn.ModuleList(), {}, TypeError, r"experts as a list must hold at least one torch\.nn\.Module, got \[\]"),
+    (TOP, [], {}, TypeError, r"must hold at least one torch\.nn\.Module, got \[\]"),
+    (TOP, torch.nn.ModuleList(), {}, TypeError, r"must hold at least one torch\.nn\.Module, got \[\]"),
     (TOP, [MODULE, None], {}, TypeError, r"at least one torch\.nn\.Module, got \[Linear.*None\]"),
     (TOP, None, {}, TypeError, r"experts must be a dict with string keys, got None"),
     # Counts that contradict each other.
@@ -248,7 +252,7 @@ OTHERS = [
     (lambda: checkpoint.legacy_state_dict(moe.moe_layer(TOP, 6, MODULE), layout="v0.1.4"), TypeError, NOT_FFN),
     (lambda: make_layer().get_parameter_iterator("experts"), ValueError, r"'gate' or 'local_experts', got 'experts'"),
     (lambda: moe.moe_layer.global_expert_count(0), ValueError, r"num_local_experts must be at least 1, got 0"),
-    (lambda: gshard_loss(torch.zeros(3, 4), torch.zeros(2, 1).long()), ValueError, r"top_ids must have shape \[3, any\]"),
+    (lambda: gshard_loss(torch.zeros(3, 4), torch.zeros(2, 1).long()), ValueError, r"top_ids must .*\[3, any\]"),
     (lambda: gshard_loss(torch.zeros(3, 4).long(), torch.zeros(3, 1).long()), TypeError, r"scores_w_noise must be"),
     (lambda: load_importance_loss(torch.zeros(3, 4), torch.zeros(3, 1), 4, 0.0), ValueError, r"gate_noise > 0, got 0"),
     (lambda: load_importance_loss(torch.zeros(3, 4), torch.zeros(3, 1), 5, 1.0), ValueError, r"shape \[any, 5\]"),

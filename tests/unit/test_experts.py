@@ -10,6 +10,7 @@ import torch
 from matrix import user
 from reference import random_values
 from torch.nn import functional as F
+
 from tutel import moe
 
 D, H, E, T = 6, 5, 4, 12
@@ -134,7 +135,8 @@ def test_fused_custom_fn():
 
 
 def test_attention():
-    layer = make({"type": "attention", "count_per_node": E, "attention_fn": user.linear_attention, "has_fc1_bias": False})  # fmt: skip
+    options = {"attention_fn": user.linear_attention, "has_fc1_bias": False}
+    layer = make({"type": "attention", "count_per_node": E, **options})
     experts, tokens = layer.experts, tokens_of()
     assert list(experts.batched_fc1_w.shape) == [E, 3 * D, D]
     assert list(experts.batched_fc2_w.shape) == [E, D, D]
@@ -257,7 +259,8 @@ def test_draws_of_ffn_experts():
 def test_parameters_are_marked_and_scanned(experts):
     seen = {}
     layer = make(experts, scan_expert_func=lambda name, p: seen.update({name: p}))
-    assert seen.keys() == dict(layer.get_parameter_iterator("local_experts")).keys() == dict(layer.experts.named_parameters()).keys()  # fmt: skip
+    own = dict(layer.experts.named_parameters())
+    assert seen.keys() == dict(layer.get_parameter_iterator("local_experts")).keys() == own.keys()
     assert all(parameter._tutel_expert for parameter in layer.experts.parameters())
     assert not any(hasattr(parameter, "_tutel_expert") for parameter in layer.gates.parameters())
 

@@ -7,6 +7,7 @@ import torch
 from matrix import user
 from reference import random_values
 from torch.nn import functional as F
+
 from tutel import moe
 
 FFN = {"count_per_node": 4, "hidden_size_per_expert": 5}

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from reference import make_layer
+
 from tutel import moe
 
 LOADS = {"is_gshard_loss": False, "gate": {"gate_noise": 1.0}}

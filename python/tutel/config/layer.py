@@ -1,10 +1,11 @@
 """The layer's own options."""
 
+import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from tutel.errors import check_int
+from tutel.errors import check_int, one_of
 
 _DEPRECATED = {
     "pad_samples": "batches may have any size now",
@@ -12,15 +13,24 @@ _DEPRECATED = {
 }
 
 
-def take_deprecated(options: Mapping[str, Any], gates: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def take_deprecated(
+    options: Mapping[str, Any], gates: list[Mapping[str, Any]], *, constructor: Callable[..., object]
+) -> list[Mapping[str, Any]]:
     """Warn of options that programs still pass, and return the gates with what moved there.
+
+    Args:
+        options: What the layer's constructor does not name.
+        gates: The gates' dicts.
+        constructor: The layer's, whose arguments an error lists.
 
     Raises:
         TypeError: If an option never existed.
     """
     unknown = [name for name in options if name not in _DEPRECATED]
     if unknown:
-        raise TypeError(f"moe_layer has no argument {', '.join(map(repr, unknown))}; see help(tutel.moe.moe_layer)")
+        parameters = inspect.signature(constructor).parameters.values()
+        allowed = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+        raise TypeError(f"moe_layer has no argument {', '.join(map(repr, unknown))}; allowed are {one_of(allowed)}")
     for name in options:
         warnings.warn(f"moe_layer({name}=) is deprecated: {_DEPRECATED[name]}", DeprecationWarning, stacklevel=3)
     if "fp32_gate" in options:
@@ -39,8 +49,8 @@ def parallel_degree(parallel_type: object, sharded_count: int) -> int:
         ValueError: If the type is unknown, or r does not divide the number of ranks.
     """
     named = {"data": 1, "model": sharded_count, "auto": 1}
-    if parallel_type in named:
-        return named[str(parallel_type)]
+    if isinstance(parallel_type, str) and parallel_type in named:
+        return named[parallel_type]
     kind, _, degree = str(parallel_type).partition(":")
     if kind != "adaptive":
         raise ValueError(f"parallel_type must be 'data', 'model', 'auto' or 'adaptive:r', got {parallel_type!r}")

@@ -81,7 +81,7 @@ class FFNExperts(nn.Module):
         """Compute rows [e, C, D] where the activation, or the user's whole function, relates rows to each other."""
         data = rows.data.to(compute_dtype(rows.data, weights.fc1))
         if self.config.custom_fn is not None:
-            return PaddedRows(self.config.custom_fn(self, data).to(rows.data.dtype))
+            return PaddedRows(self.config.custom_fn(self, data))  # whoever called checks it, and casts
         weights = weights.to(data.dtype)
         hidden = data @ weights.fc1.transpose(1, 2)
         hidden = hidden if weights.fc1_bias is None else hidden + weights.fc1_bias.unsqueeze(1)

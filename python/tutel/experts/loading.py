@@ -30,7 +30,8 @@ def prepare_state(layer: nn.Module, state: dict[str, Any], prefix: str, errors: 
         key = f"{prefix}experts.{name}"
         value = state.get(key)
         if value is None:
-            warnings.warn(f"the state dict has no {key!r}: the experts keep theirs", UserWarning, stacklevel=2)
+            if not errors:  # else loading fails, and says why
+                warnings.warn(f"the state dict has no {key!r}: the experts keep theirs", UserWarning, stacklevel=2)
         elif isinstance(value, Tensor) and value.shape != parameter.shape and value.numel() == parameter.numel():
             state[key] = value.reshape(parameter.shape)
 
