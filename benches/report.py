@@ -13,13 +13,14 @@ _DISTURBED = 0.1
 
 _METHOD = """\
 All sides run in one process, warmed, by turns (A B A B, every other round B A B A); results are compared before they
-are timed. *ratio* is ours / peer by the clock, paired round by round, its median and quartiles: below 1 we are faster.
-*% wall* is the share of our least time that the machine needs for the work's FLOPs at its best matrix product (G) or
-for its bytes at its warm bandwidth (M), whichever is more. *cpu* is our least processor time divided by the number of
-threads, *% cpu* the same share in processor time. On a busy machine it tells more, but it takes two things for granted:
-that all threads work all the time, which a serial kernel does not, and that memory is as fast for all threads at once
-as for the few that ran together. *% +fresh* is *% cpu* with the first touch of fresh memory in the floor, done the cheapest way measured. Floors
-are the best rates seen in the same run. *others* is how many cores other processes used meanwhile."""
+are timed. *ratio* is ours / peer by the clock, paired round by round, its median and quartiles: below 1 we are
+faster. *% wall* is the share of our least time that the machine needs for the work's FLOPs at its best matrix product
+(G) or for its bytes at its warm bandwidth (M), whichever is more. *cpu* is our least processor time divided by the
+number of threads, *% cpu* the same share in processor time. On a busy machine it tells more, but it takes two things
+for granted: that all threads work all the time, which a serial kernel does not, and that memory is as fast for all
+threads at once as for the few that ran together. *% +fresh* is *% cpu* with the first touch of fresh memory in the
+floor, done the cheapest way measured. Floors are the best rates seen in the same run. *others* is how many cores
+other processes used meanwhile."""
 
 
 def duration(seconds: float) -> str:

@@ -55,8 +55,8 @@ UNKNOWN_LLAMA = (
     r"num_experts_per_device or type"
 )
 UNKNOWN_ATTENTION = (
-    r"unknown option 'hidden_size_per_expert'; allowed are attention_fn, count_per_node, fc1_copies, fused_custom_fn, "
-    r"has_fc1_bias, has_fc2_bias, implicit_dropout_p, num_experts_per_device, output_dim or type"
+    r"unknown option 'hidden_size_per_expert'; allowed are attention_fn, count_per_node, fc1_copies, has_fc1_bias, "
+    r"has_fc2_bias, implicit_dropout_p, num_experts_per_device, output_dim or type"
 )
 UNKNOWN_FFN = (
     r"unknown option 'attention_fn'; allowed are activation_fn, activation_fn_with_self, count_per_node, fc1_copies, "
@@ -118,6 +118,7 @@ MADE = [
      r"only one of 'activation_fn' or 'fused_custom_fn'"),
     # Experts attention and llama_ffn.
     (TOP, {"type": "attention"}, {}, ValueError, r"experts of type 'attention' must have 'attention_fn'"),
+    (TOP, {**ATTENTION, "fused_custom_fn": user.fused}, {}, ValueError, r"experts has unknown option 'fused_custom_fn'"),
     (TOP, {**ATTENTION, "attention_fn": 3}, {}, TypeError, rf"experts\['attention_fn'\] {NOT_CALLABLE}3"),
     (TOP, {"type": "llama_ffn"}, {}, ValueError, r"experts must have 'hidden_size_per_expert'"),
     (TOP, {**LLAMA, "activation_fn": "silu"}, {}, TypeError, rf"experts\['activation_fn'\] {NOT_CALLABLE}'silu'"),

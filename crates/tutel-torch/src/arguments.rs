@@ -29,12 +29,18 @@ pub(crate) fn slice_of<'a, T: Element>(tensor: &'a Tensor, argument: &str) -> Re
     tensor.as_slice().map_err(|error| Error::kernel(format!("{argument}: {error}")))
 }
 
-/// The elements of a tensor that may be missing.
+/// The elements of a tensor of known sizes that may be missing.
 pub(crate) fn optional_slice<'a, T: Element>(
     tensor: Option<&'a Tensor>,
     argument: &str,
+    sizes: &[usize],
 ) -> Result<Option<&'a [T]>, Error> {
-    tensor.map(|tensor| slice_of(tensor, argument)).transpose()
+    let Some(tensor) = tensor else { return Ok(None) };
+    let found = tensor.sizes();
+    if found.len() != sizes.len() || found.iter().zip(sizes).any(|(&found, &size)| usize::try_from(found) != Ok(size)) {
+        return Err(Error::kernel(format!("{argument} must have shape {sizes:?}, got {found:?}")));
+    }
+    slice_of(tensor, argument).map(Some)
 }
 
 /// Kernels' own errors.

@@ -103,7 +103,8 @@ _FFN_OPTIONS = {
 }
 _OPTIONS = {
     "ffn": _FFN_OPTIONS,
-    "attention": _FFN_OPTIONS - {"hidden_size_per_expert", "activation_fn", "activation_fn_with_self"}
+    "attention": _FFN_OPTIONS
+    - {"hidden_size_per_expert", "activation_fn", "activation_fn_with_self", "fused_custom_fn"}
     | {"attention_fn"},
     "llama_ffn": {"type", *_COUNTS, "hidden_size_per_expert", "activation_fn"},
 }

@@ -55,7 +55,7 @@ fn assign<A: Real + torch_stable::Element>(
         row_choice: row_choice.as_uninit_mut()?,
     };
     let ids = slice_of(&topk_ids, "topk_ids")?;
-    let priority = optional_slice::<A>(priority.as_ref(), "priority")?;
+    let priority = optional_slice::<A>(priority.as_ref(), "priority", &[tokens])?;
     tutel_cpu::assign_rows(ids, priority, shape, capacity, output).map_err(refused)?;
     Ok((
         slots.into_tensor(),

@@ -29,7 +29,7 @@ fn combine<T: TorchScalar>((rows, row_index, weights): <Combine as Op>::Args) ->
     tutel_cpu::combine(
         slice_of::<T>(&rows, "rows")?,
         slice_of(&row_index, "row_index")?,
-        optional_slice(weights.as_ref(), "weights")?,
+        optional_slice(weights.as_ref(), "weights", &[tokens, top_k])?,
         shape,
         output.as_uninit_mut()?,
         &TorchThreads,

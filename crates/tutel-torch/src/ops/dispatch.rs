@@ -30,7 +30,7 @@ fn dispatch<T: TorchScalar>((tokens, row_choice, weights, top_k): <Dispatch as O
     tutel_cpu::dispatch(
         slice_of::<T>(&tokens, "tokens")?,
         slice_of(&row_choice, "row_choice")?,
-        optional_slice(weights.as_ref(), "weights")?,
+        optional_slice(weights.as_ref(), "weights", &[num_tokens, top_k])?,
         shape,
         output.as_uninit_mut()?,
         &TorchThreads,

@@ -35,7 +35,7 @@ fn grouped_gemm<T: TorchScalar>(
     let input = tutel_cpu::GroupedGemm::<T> {
         rows: slice_of(&rows, "rows")?,
         weight: slice_of(&weight, "weight")?,
-        bias: optional_slice(bias.as_ref(), "bias")?,
+        bias: optional_slice(bias.as_ref(), "bias", &[experts, outer])?,
         offsets: slice_of(&offsets, "offsets")?,
         transposed,
     };

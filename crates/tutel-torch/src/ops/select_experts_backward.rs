@@ -33,8 +33,8 @@ fn backward<T: TorchScalar>(
     let input = SelectBackward::<T> {
         logits: slice_of(&logits, "logits")?,
         ids: slice_of(&topk_ids, "topk_ids")?,
-        grad_weights: optional_slice(grad_weights.as_ref(), "grad_weights")?,
-        grad_score_sums: optional_slice(grad_score_sums.as_ref(), "grad_score_sums")?,
+        grad_weights: optional_slice(grad_weights.as_ref(), "grad_weights", &[tokens, top_k])?,
+        grad_score_sums: optional_slice(grad_score_sums.as_ref(), "grad_score_sums", &[experts])?,
         function: score_function(softmax),
         normalize,
     };
