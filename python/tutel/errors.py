@@ -1,5 +1,6 @@
 """Checks of arguments: each error names the argument, the value seen and what is allowed."""
 
+import numbers
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -84,7 +85,7 @@ def check_number(name: str, value: Any, *, at_least: float | None = None) -> flo
         TypeError: If it is no number.
         ValueError: If it is not finite or too small.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are real numbers too
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
         number = float(value)
@@ -103,7 +104,11 @@ def check_bool(name: str, value: Any) -> bool:
     Raises:
         TypeError: If it is anything else.
     """
-    if value not in (True, False):
+    try:
+        known = value in (True, False)
+    except (RuntimeError, ValueError):  # a tensor or an array of several values
+        known = False
+    if not known:
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 

@@ -221,9 +221,9 @@ class MOELayer(nn.Module):
         if self._skip_moe:
             return self._result(tokens.clone(), input, reserve_dims, tokens.new_zeros(()))
         if not self.gates:
-            self.dispatch_count = torch.tensor([tokens.shape[0]], device=tokens.device)
-            output = compute_dense(self.experts, tokens, self._context(megablocks_size))
-            return self._result(output, input, reserve_dims, output.new_zeros(()))
+            if gate_index != 0 or capacity_factor is not None or top_k is not None:
+                raise ValueError("gate_index, capacity_factor and top_k do not apply: a gate 'megatron' has no routing")
+            return self._result(self._dense(tokens, megablocks_size), input, reserve_dims, tokens.new_zeros(()))
 
         gate, routing = self._gate(gate_index, capacity_factor, top_k)
         input_dropout = self._input_dropout[int(gate_index)]
@@ -244,6 +244,13 @@ class MOELayer(nn.Module):
         if not self._skip_expert:
             rows = compute_experts(self.experts, rows, self._context(megablocks_size))
         return self._result(self._dispatcher.combine(rows, handle), input, reserve_dims, l_aux)
+
+    def _dense(self, tokens: Tensor, megablocks_size: int) -> Tensor:
+        """Compute all tokens by the only expert, as the gate ``megatron`` does."""
+        self.dispatch_count = torch.tensor([tokens.shape[0]], device=tokens.device)
+        return (
+            tokens.clone() if self._skip_expert else compute_dense(self.experts, tokens, self._context(megablocks_size))
+        )
 
     def _set_call_options(self, overlap_degree: int | None, adaptive_r: int | None) -> None:
         """Check the options of an exchange, which one rank has none of; this call's values are reported."""

@@ -48,9 +48,15 @@ BAD = [
     (lambda: ops.select_experts_backward(LOGITS, IDS + 4, f(3, 1), None, True, True), "topk_ids[0] is 4, allowed are"),
     (lambda: ops.select_experts_backward(LOGITS, IDS - 1, f(3, 1), None, True, True), "topk_ids[0] is -1"),
     (lambda: ops.select_experts_backward(LOGITS, IDS[:2], None, None, True, True), "must agree, got 3 and 2"),
-    (lambda: ops.select_experts_backward(LOGITS, IDS, f(2, 1), None, True, True), "grad_weights must have shape [3, 1], got [2, 1]"),
+    (
+        lambda: ops.select_experts_backward(LOGITS, IDS, f(2, 1), None, True, True),
+        "grad_weights must have shape [3, 1], got [2, 1]",
+    ),
     (lambda: ops.select_experts_backward(LOGITS, IDS, f(3, 1).double(), None, True, True), "of float32"),
-    (lambda: ops.select_experts_backward(LOGITS, IDS, None, f(3), True, True), "grad_score_sums must have shape [4], got [3]"),
+    (
+        lambda: ops.select_experts_backward(LOGITS, IDS, None, f(3), True, True),
+        "grad_score_sums must have shape [4], got [3]",
+    ),
     (lambda: ops.select_experts_backward(LOGITS, i64(3, 1), None, None, True, True), "tensor of int32, found int64"),
     (lambda: ops.assign_rows(IDS, None, -1, -1), "assign_rows: num_experts must not be negative, got -1"),
     (lambda: ops.assign_rows(IDS, None, 2**62, -1), "2147483647 experts are supported, got 4611686018427387904"),

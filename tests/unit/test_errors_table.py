@@ -118,7 +118,7 @@ MADE = [
      r"only one of 'activation_fn' or 'fused_custom_fn'"),
     # Experts attention and llama_ffn.
     (TOP, {"type": "attention"}, {}, ValueError, r"experts of type 'attention' must have 'attention_fn'"),
-    (TOP, {**ATTENTION, "fused_custom_fn": user.fused}, {}, ValueError, r"experts has unknown option 'fused_custom_fn'"),
+    (TOP, {**ATTENTION, "fused_custom_fn": user.fused}, {}, ValueError, r"unknown option 'fused_custom_fn'"),
     (TOP, {**ATTENTION, "attention_fn": 3}, {}, TypeError, rf"experts\['attention_fn'\] {NOT_CALLABLE}3"),
     (TOP, {"type": "llama_ffn"}, {}, ValueError, r"experts must have 'hidden_size_per_expert'"),
     (TOP, {**LLAMA, "activation_fn": "silu"}, {}, TypeError, rf"experts\['activation_fn'\] {NOT_CALLABLE}'silu'"),

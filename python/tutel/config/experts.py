@@ -143,6 +143,8 @@ def _ffn(given: Mapping[str, Any], num_local_experts: int) -> FFNConfig:
     activation, with_self = _callable(given, "activation_fn"), _callable(given, "activation_fn_with_self")
     custom_fn = _callable(given, "fused_custom_fn")
     named = [name for name in ("activation_fn", "activation_fn_with_self", "fused_custom_fn") if given.get(name)]
+    if custom_fn is not None and given.get("implicit_dropout_p"):
+        named.append("implicit_dropout_p")  # whose places are inside the function
     if len(named) > 1:
         raise ValueError(f"experts must have only one of {one_of(map(repr, named))}")
     return FFNConfig(

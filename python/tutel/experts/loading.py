@@ -3,7 +3,6 @@
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tutel.experts.ffn import FFNExperts
@@ -42,11 +41,16 @@ def _check_count(layer: nn.Module, state: dict[str, Any], prefix: str, errors: l
         message = f"the state dict does not say for how many experts it is ({key!r}): taken to be {int(count)}"
         warnings.warn(message, UserWarning, stacklevel=2)
         state[key] = count
-    elif int(state[key]) != int(count):
-        errors.append(f"the state dict is for {int(state[key])} experts, but the layer has {int(count)}")
-        state[key] = count
-    else:
-        state[key] = torch.as_tensor(state[key]).reshape(())
+        return
+    given = state[key]
+    state[key] = count
+    try:
+        found = int(given)
+    except (TypeError, ValueError, RuntimeError):
+        errors.append(f"{key!r} must be the number of experts, got {given!r}")
+        return
+    if found != int(count):
+        errors.append(f"the state dict is for {found} experts, but the layer has {int(count)}")
 
 
 def _convert_legacy(experts: FFNExperts, state: dict[str, Any], prefix: str, errors: list[str]) -> None:
