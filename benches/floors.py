@@ -142,6 +142,7 @@ def _time_memory(seconds: float) -> dict[str, Sample]:
 
 
 def _touch_huge_pages() -> None:
-    pages = mmap.mmap(-1, _BUFFER_BYTES)
+    # Python maps shared memory if not told otherwise, and that is never given huge pages on advice.
+    pages = mmap.mmap(-1, _BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages.madvise(mmap.MADV_HUGEPAGE)
     torch.frombuffer(pages, dtype=torch.float32).fill_(1.0)

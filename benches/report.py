@@ -20,7 +20,8 @@ number of threads, *% cpu* the same share in processor time. On a busy machine i
 for granted: that all threads work all the time, which a serial kernel does not, and that memory is as fast for all
 threads at once as for the few that ran together. *% +fresh* is *% cpu* with the first touch of fresh memory in the
 floor, done the cheapest way measured. Floors are the best rates seen in the same run. *others* is how many cores
-other processes used meanwhile."""
+other processes used meanwhile. A share above 100 % is marked *!* and is no achievement: its floor was measured while
+others ran, or the data stayed in the cache and never met the memory."""
 
 
 def duration(seconds: float) -> str:
@@ -33,13 +34,18 @@ def _quartiles(spread: Spread) -> str:
     return f"{duration(spread.lower)}-{duration(spread.upper)}"
 
 
+def _share(share: float) -> str:
+    # More than everything: the floor was measured while others ran, or the data stayed in the cache.
+    return f"{share:.0%}" + ("!" if share > 1 else "")
+
+
 def _rows(run: Run) -> list[list[str]]:
     rows = []
     for result in run.results:
         one = result.measured
         ours = [one.name, duration(one.ours.minimum), duration(one.ours.median), _quartiles(one.ours)]
-        ours += [duration(one.cpu), f"{result.share:.0%} {result.bound[0]}", f"{result.cpu_share:.0%}"]
-        ours += [f"{result.cpu_share_with_fresh:.0%}", f"{one.other_cores:.1f}"]
+        ours += [duration(one.cpu), f"{_share(result.share)} {result.bound[0]}", _share(result.cpu_share)]
+        ours += [_share(result.cpu_share_with_fresh), f"{one.other_cores:.1f}"]
         for peer in one.peers:
             ratio = [f"{peer.ratio.median:.2f}", f"{peer.ratio.lower:.2f}-{peer.ratio.upper:.2f}"]
             rows.append([*ours, peer.name, duration(peer.seconds.minimum), duration(peer.seconds.median), *ratio])

@@ -87,8 +87,7 @@ class RoutePlan:
         """
         if self.capacity is None:
             return int(self.tokens_per_expert.max())  # a host sync on a GPU: only dropless padded layouts need it
-        rows: int = torch.sym_min(self.capacity, self.topk_ids.shape[0])  # type: ignore[assignment]  # or a SymInt
-        return rows
+        return min(self.capacity, self.topk_ids.shape[0])
 
 
 #: Rows are counted in int64.

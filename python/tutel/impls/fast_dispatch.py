@@ -119,7 +119,8 @@ def extract_critical(
 
     topk_ids = chosen.ids.to(torch.int64)
     counts = rows.tokens_per_expert
-    counts.topk_ids = topk_ids  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling():  # torch 2.10 cannot trace it; get_topk_selection stacks the ids without it
+        counts.topk_ids = topk_ids  # type: ignore[attr-defined]
     ids, slots, weights = (
         [column.contiguous() for column in choices.unbind(1)] for choices in (chosen.ids, rows.slots, chosen.weights)
     )
