@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from benches.harness import Spread
 from benches.results import Run
 
-_OURS = ["workload", "ours min", "med", "q1-q3", "cpu", "% wall", "% cpu", "% +fresh", "others"]
+_OURS = ["workload", "ours min", "med", "q1-q3", "cpu", "% wall", "% cpu", "% +fresh", "others", "rounds"]
 _HEADER = [*_OURS, "peer", "min", "med", "ratio", "q1-q3"]
 _LEFT = {0, len(_OURS)}
 #: Cores of other work from which a record says that it was disturbed.
@@ -44,8 +44,8 @@ def _rows(run: Run) -> list[list[str]]:
     for result in run.results:
         one = result.measured
         ours = [one.name, duration(one.ours.minimum), duration(one.ours.median), _quartiles(one.ours)]
-        ours += [duration(one.cpu), f"{_share(result.share)} {result.bound[0]}", _share(result.cpu_share)]
-        ours += [_share(result.cpu_share_with_fresh), f"{one.other_cores:.1f}"]
+        ours += [duration(one.cpu), f"{_share(result.share)} {result.bound[0].upper()}", _share(result.cpu_share)]
+        ours += [_share(result.cpu_share_with_fresh), f"{one.other_cores:.1f}", str(one.rounds)]
         for peer in one.peers:
             ratio = [f"{peer.ratio.median:.2f}", f"{peer.ratio.lower:.2f}-{peer.ratio.upper:.2f}"]
             rows.append([*ours, peer.name, duration(peer.seconds.minimum), duration(peer.seconds.median), *ratio])

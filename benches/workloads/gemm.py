@@ -53,10 +53,14 @@ class Shape:
 
 
 def _loop(rows: Tensor, weight: Tensor, _offsets: Tensor, ends: list[int]) -> Tensor:
-    """Products into their places, as far as autograd lets one."""
+    """Products into their places; with gradients, split and unbind.
+
+    Slices would be a straw man: the backward of each makes zeros of the size of all rows, or of all experts' weights.
+    """
     pieces = list(itertools.pairwise([0, *ends]))
     if torch.is_grad_enabled():
-        return torch.cat([rows[a:b] @ weight[e] for e, (a, b) in enumerate(pieces)])
+        parts = torch.split(rows, [end - begin for begin, end in pieces])
+        return torch.cat([part @ matrix for part, matrix in zip(parts, weight.unbind(), strict=True)])
     output = rows.new_empty(rows.shape[0], weight.shape[2])
     for expert, (begin, end) in enumerate(pieces):
         if end > begin:

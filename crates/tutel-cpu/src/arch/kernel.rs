@@ -114,6 +114,7 @@ pub(crate) unsafe fn product<K: Kernel>(
     let panel = VECTORS * K::LANES;
     let block = BLOCK * K::DEPTH;
     let some_columns = COLUMN_BYTES / size_of::<K::Unit>();
+    const { assert!((COLUMN_BYTES / size_of::<K::Unit>()).is_multiple_of(VECTORS * K::LANES), "whole panels") };
     for start in (0..inner).step_by(block) {
         let depth = (inner - start).min(block);
         let units = depth.div_ceil(K::DEPTH);
