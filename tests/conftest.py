@@ -22,3 +22,11 @@ def _torch_as_it_was(monkeypatch):
     torch.set_default_dtype(dtype)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Nothing that was compiled before, and nothing left behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

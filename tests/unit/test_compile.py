@@ -10,11 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 SIZES = [5, 7, 9, 3, 20, 40, 2, 33, 8, 64]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def step(function, layer, tokens):

@@ -17,11 +17,7 @@ PAIRS += [(gate, experts) for gate in ("cosine_top", "custom") for experts in ("
 PAIRS += [("megatron", "ffn")]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def step(function, layer, tokens):

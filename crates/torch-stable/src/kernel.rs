@@ -115,14 +115,7 @@ mod tests {
     use std::ffi::CStr;
 
     use super::*;
-    use crate::Tensor;
-
-    struct Twice;
-    impl Op for Twice {
-        const SCHEMA: &'static str = "twice(Tensor x, SymInt n) -> Tensor";
-        type Args = (Tensor, i64);
-        type Output = Tensor;
-    }
+    use crate::library::tests::Twice;
 
     #[test]
     fn messages_are_prefixed_and_may_hold_nul() {

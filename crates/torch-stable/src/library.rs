@@ -179,11 +179,11 @@ pub(crate) fn c_string(text: &str) -> CString {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::Tensor;
 
-    struct Twice;
+    pub(crate) struct Twice;
     impl Op for Twice {
         const SCHEMA: &'static str = "twice(Tensor x, SymInt n) -> Tensor";
         type Args = (Tensor, i64);

@@ -91,3 +91,28 @@ pub(crate) unsafe fn widen<T: Element>(source: *const T, count: usize, target: *
         T::widen_slice(std::slice::from_raw_parts(source, count), target);
     }
 }
+
+/// The packing of [`Portable`], for kernels that have none of their own.
+macro_rules! packed_portably {
+    ($element:ty, $unit:ty) => {
+        #[inline(always)]
+        unsafe fn pack_across(source: *const $element, stride: usize, depth: usize, count: usize, target: *mut $unit) {
+            // SAFETY: passed on from our caller.
+            unsafe { Portable::<$element>::pack_across(source, stride, depth, count, target) }
+        }
+        #[inline(always)]
+        unsafe fn pack_along(
+            source: *const $element,
+            stride: usize,
+            depth: usize,
+            count: usize,
+            target: *mut $unit,
+            target_stride: usize,
+        ) {
+            // SAFETY: passed on from our caller.
+            unsafe { Portable::<$element>::pack_along(source, stride, depth, count, target, target_stride) }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+pub(super) use packed_portably;

@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 use tutel_core::Element;
 
 use crate::arch::kernel::Kernel;
-use crate::arch::portable::Portable;
+use crate::arch::portable::{Portable, packed_portably};
 
 /// Elements whose accumulator is f32.
 pub(crate) struct Avx2<T>(PhantomData<T>);
@@ -72,23 +72,7 @@ unsafe impl<T: Element<Accumulator = f32>> Kernel for Avx2<T> {
         _mm256_fmadd_ps
     );
 
-    #[inline(always)]
-    unsafe fn pack_across(source: *const T, stride: usize, depth: usize, count: usize, target: *mut f32) {
-        // SAFETY: passed on from our caller.
-        unsafe { Portable::<T>::pack_across(source, stride, depth, count, target) }
-    }
-    #[inline(always)]
-    unsafe fn pack_along(
-        source: *const T,
-        stride: usize,
-        depth: usize,
-        count: usize,
-        target: *mut f32,
-        target_stride: usize,
-    ) {
-        // SAFETY: passed on from our caller.
-        unsafe { Portable::<T>::pack_along(source, stride, depth, count, target, target_stride) }
-    }
+    packed_portably!(T, f32);
 }
 
 // SAFETY: needs avx2, fma.
@@ -107,21 +91,5 @@ unsafe impl Kernel for Avx2F64 {
         _mm256_fmadd_pd
     );
 
-    #[inline(always)]
-    unsafe fn pack_across(source: *const f64, stride: usize, depth: usize, count: usize, target: *mut f64) {
-        // SAFETY: passed on from our caller.
-        unsafe { Portable::<f64>::pack_across(source, stride, depth, count, target) }
-    }
-    #[inline(always)]
-    unsafe fn pack_along(
-        source: *const f64,
-        stride: usize,
-        depth: usize,
-        count: usize,
-        target: *mut f64,
-        target_stride: usize,
-    ) {
-        // SAFETY: passed on from our caller.
-        unsafe { Portable::<f64>::pack_along(source, stride, depth, count, target, target_stride) }
-    }
+    packed_portably!(f64, f64);
 }

@@ -10,7 +10,7 @@ use tutel_core::Element;
 use super::avx2::float_kernel;
 use super::transpose::transpose_units;
 use crate::arch::kernel::{Kernel, VECTORS};
-use crate::arch::portable::{Portable, widen};
+use crate::arch::portable::{Portable, packed_portably, widen};
 
 /// Elements whose accumulator is f32.
 pub(crate) struct Avx512<T>(PhantomData<T>);
@@ -95,21 +95,5 @@ unsafe impl Kernel for Avx512F64 {
         _mm512_fmadd_pd
     );
 
-    #[inline(always)]
-    unsafe fn pack_across(source: *const f64, stride: usize, depth: usize, count: usize, target: *mut f64) {
-        // SAFETY: passed on from our caller.
-        unsafe { Portable::<f64>::pack_across(source, stride, depth, count, target) }
-    }
-    #[inline(always)]
-    unsafe fn pack_along(
-        source: *const f64,
-        stride: usize,
-        depth: usize,
-        count: usize,
-        target: *mut f64,
-        target_stride: usize,
-    ) {
-        // SAFETY: passed on from our caller.
-        unsafe { Portable::<f64>::pack_along(source, stride, depth, count, target, target_stride) }
-    }
+    packed_portably!(f64, f64);
 }
