@@ -5,12 +5,14 @@
     reason = "a function that is not inlined is compiled without the processor's features"
 )]
 
+mod choose;
 mod kernel;
 mod level;
+mod pack;
 mod portable;
 mod product;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+pub(crate) use choose::Scratch;
 pub use level::{Level, UnknownLevel};
-pub(crate) use product::Scratch;
