@@ -83,7 +83,7 @@ pub(crate) fn check_grouped<T: Scalar>(
 
     let product = on_threads(|parallel| {
         written(rows * outer, |output| {
-            let input = GroupedGemm { rows: &left, weight: &weight, bias, offsets, transposed };
+            let input = GroupedGemm { rows: (&left).into(), weight: &weight, second: None, bias, offsets, transposed };
             tutel_cpu::grouped_gemm(input, shape, output, parallel).unwrap();
         })
     });
@@ -93,7 +93,8 @@ pub(crate) fn check_grouped<T: Scalar>(
 
     let grad = on_threads(|parallel| {
         written(experts * inner * outer, |output| {
-            tutel_cpu::grouped_gemm_weight_grad(&left, &right, offsets, shape, output, parallel).unwrap();
+            tutel_cpu::grouped_gemm_weight_grad((&left).into(), (&right).into(), offsets, shape, output, parallel)
+                .unwrap();
         })
     });
     let naive = reference::grouped_gemm_weight_grad(&left, &right, offsets, shape);
