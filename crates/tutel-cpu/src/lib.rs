@@ -5,7 +5,8 @@
 //! every element of them is written exactly once. Arguments are checked first: a kernel either refuses them with a
 //! [`tutel_core::Error`] and has written nothing, or succeeds.
 //!
-//! `unsafe` stands in [`disjoint`] (writes from several threads) and in `arch` (calls below Rust's checks) only.
+//! `unsafe` stands in [`disjoint`] (writes from several threads), [`owned`] (outputs that become vectors) and in `arch` (calls
+//! below Rust's checks) only.
 #![deny(unsafe_code)]
 
 mod activation;
@@ -23,6 +24,8 @@ mod grouped_sum;
 mod hidden;
 mod lanes;
 mod operand;
+#[expect(unsafe_code, reason = "the one place where what a kernel has written becomes a vector")]
+pub mod owned;
 mod padded_rows;
 mod parallel;
 mod prefix_count;

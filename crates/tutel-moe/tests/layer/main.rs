@@ -1,0 +1,6 @@
+//! One program for all tests of the layer: each would compile the kernels anew.
+mod forward;
+mod gradients;
+mod naive;
+mod refusals;
+mod threads;
