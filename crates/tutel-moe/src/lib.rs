@@ -20,4 +20,5 @@ pub use error::Error;
 pub use half;
 pub use layer::{Gradients, MoeLayer, Output, Saved};
 pub use parameters::{Parameter, ParameterMut, Parameters};
+pub use tutel_core::{Element, Real};
 pub use tutel_cpu::{Parallel, Scalar, ScopedThreads, Serial};
