@@ -1,7 +1,7 @@
 //! The kernels with their results in new vectors, for callers without memory of their own to fill.
 //!
-//! The kernels themselves write to `&mut [MaybeUninit<T>]`, of which safe code cannot make a vector; here is the one place
-//! that does. Arguments and errors are those of the kernel of the same name.
+//! The kernels themselves write to `&mut [MaybeUninit<T>]`, of which safe code cannot make a vector; here is the one
+//! place that does. Arguments and errors are those of the kernel of the same name.
 use std::mem::MaybeUninit;
 
 use tutel_core::{Error, GroupedShape, Real, RoutePlan, RoutingShape, RowShape, ScoreFunction, checked_product};
@@ -39,7 +39,7 @@ fn written<T>(buffer: Vec<MaybeUninit<T>>) -> Vec<T> {
     unsafe { Box::from_raw(buffer as *mut [T]) }.into_vec()
 }
 
-/// [`crate::select_experts`].
+/// [`crate::select_experts()`] into new vectors.
 ///
 /// # Errors
 /// As the kernel.
@@ -64,7 +64,7 @@ pub fn select_experts<T: Scalar>(
     })
 }
 
-/// [`crate::select_experts_backward`].
+/// [`crate::select_experts_backward()`] into new vectors.
 ///
 /// # Errors
 /// As the kernel.
@@ -78,7 +78,7 @@ pub fn select_experts_backward<T: Scalar>(
     Ok(written(output))
 }
 
-/// [`crate::assign_rows`].
+/// [`crate::assign_rows()`] into new vectors.
 ///
 /// # Errors
 /// As the kernel.
@@ -111,7 +111,7 @@ pub fn assign_rows<A: Real>(
     })
 }
 
-/// [`crate::dispatch`].
+/// [`crate::dispatch()`] into new vectors.
 ///
 /// # Errors
 /// As the kernel.
@@ -127,7 +127,7 @@ pub fn dispatch<T: Scalar>(
     Ok(written(rows))
 }
 
-/// [`crate::combine`].
+/// [`crate::combine()`] into new vectors.
 ///
 /// # Errors
 /// As the kernel.
@@ -143,7 +143,7 @@ pub fn combine<T: Scalar>(
     Ok(written(tokens))
 }
 
-/// [`crate::row_dot`].
+/// [`crate::row_dot()`] into new vectors.
 ///
 /// # Errors
 /// As the kernel.
@@ -159,7 +159,7 @@ pub fn row_dot<T: Scalar>(
     Ok(written(dots))
 }
 
-/// [`crate::grouped_gemm`].
+/// [`crate::grouped_gemm()`] into new vectors.
 ///
 /// # Errors
 /// As the kernel.
@@ -173,7 +173,7 @@ pub fn grouped_gemm<T: Scalar>(
     Ok(written(output))
 }
 
-/// [`crate::grouped_gemm_weight_grad`].
+/// [`crate::grouped_gemm_weight_grad()`] into new vectors.
 ///
 /// # Errors
 /// As the kernel.
@@ -189,7 +189,7 @@ pub fn grouped_gemm_weight_grad<T: Scalar>(
     Ok(written(output))
 }
 
-/// [`crate::grouped_sum`].
+/// [`crate::grouped_sum()`] into new vectors.
 ///
 /// # Errors
 /// As the kernel.

@@ -129,8 +129,8 @@ impl<T: Scalar> MoeLayerBuilder<T> {
         top_k: usize = top_k;
         /// The factor f that limits how many choices an expert takes, finite. 1 unless given.
         ///
-        /// With f > 0 an expert takes C = K * int(f * ceil(T / E)) choices: all first choices before all second ones, and
-        /// within these in the order of the tokens. The others are dropped: they add nothing to the output, and
+        /// With f > 0 an expert takes C = K * int(f * ceil(T / E)) choices: all first choices before all second ones,
+        /// and within these in the order of the tokens. The others are dropped: they add nothing to the output, and
         /// have no gradient. With f = 0 nothing is dropped. f < 0 drops what -f does: it stands for the smaller of that
         /// capacity and what the fullest expert needs, which only differ for layers that pad.
         capacity_factor: f64 = capacity_factor;
@@ -153,11 +153,11 @@ impl<T: Scalar> MoeLayerBuilder<T> {
         fc2_bias: bool = Some(fc2_bias);
         /// Seeds the initial values, which are the same on every machine. 0 unless given.
         ///
-        /// The gate and plain experts begin uniformly within 1 / √(number of inputs), gated experts normally distributed with
-        /// standard deviation 0.01. [`Parameters::set`](crate::Parameters::set) gives other values.
+        /// The gate and plain experts begin uniformly within 1 / √(number of inputs), gated experts normally
+        /// distributed with standard deviation 0.01. [`Parameters::set`](crate::Parameters::set) gives other values.
         seed: u64 = seed;
-        /// On how many threads of the standard library the layer computes, started anew for each kernel; at least 1, which
-        /// computes on the calling thread. As many as the process may use unless given.
+        /// On how many threads of the standard library the layer computes, started anew for each kernel; at least 1,
+        /// which computes on the calling thread. As many as the process may use unless given.
         threads: usize = Some(threads);
     }
 

@@ -49,13 +49,13 @@ impl fmt::Debug for Options {
 /// Symbols: T tokens of width D, E experts with H hidden units, K choices a token, outputs of width `D_out`. T may
 /// change from call to call and may be 0. All slices are row-major.
 ///
-/// The gate gives each token the logits `x W_g` and their softmax, the scores. The K experts with the largest logits are
-/// chosen (ties go to the lower id), their scores are the weights. An expert is
-/// `y = act(x W1 + b1) W2 + b2`, or gated, `y = (act(x W1) * (x W2)) W3`, and the layer's output is the weighted sum of the
-/// chosen experts' outputs.
+/// The gate gives each token the logits `x W_g` and their softmax, the scores. The K experts with the largest logits
+/// are chosen (ties go to the lower id), their scores are the weights, divided by their sum for K > 1. An expert is
+/// `y = act(x W1 + b1) W2 + b2`, or gated, `y = (act(x W1) * (x W2)) W3`, and the layer's output is the weighted sum of
+/// the chosen experts' outputs.
 ///
-/// Sums are made in f32 (f64 for f64) and rounded once; routing weights stay in f32 (f64). The same inputs give the same
-/// bits, whatever the number of threads.
+/// Sums are made in f32 (f64 for f64) and rounded once; routing weights stay in f32 (f64). The same inputs give the
+/// same bits, whatever the number of threads.
 #[derive(Debug, Clone)]
 pub struct MoeLayer<T> {
     options: Options,
@@ -68,8 +68,8 @@ pub struct MoeLayer<T> {
 pub struct Output<T> {
     /// `[T, D_out]`; 0 for a token whose choices were all dropped.
     pub tokens: Vec<T>,
-    /// GShard's load-balancing loss (Lepikhin et al., 2020), to be added to the model's own with a small factor. About 1
-    /// when experts are chosen evenly, E at worst, 0 without tokens.
+    /// GShard's load-balancing loss (Lepikhin et al., 2020), to be added to the model's own with a small factor. About
+    /// 1 when experts are chosen evenly, E at worst, 0 without tokens.
     pub aux_loss: f64,
     /// `[E]`: choices that name each expert, dropped ones included.
     pub tokens_per_expert: Vec<usize>,
@@ -165,9 +165,9 @@ impl<T: Scalar> MoeLayer<T> {
         Ok((output, Saved { options, tokens: tokens.to_vec(), routed, experts, outputs }))
     }
 
-    /// Gradients of a loss, from its gradient in the output's tokens, `[T, D_out]`, and in the auxiliary loss (the factor that it
-    /// is added to the loss with, or 0). The parameters have to be those of the forward pass. Which experts are chosen and
-    /// what is dropped is a constant here.
+    /// Gradients of a loss, from its gradient in the output's tokens, `[T, D_out]`, and in the auxiliary loss (the
+    /// factor that it is added to the loss with, or 0). The parameters have to be those of the forward pass. Which
+    /// experts are chosen and what is dropped is a constant here.
     ///
     /// # Errors
     /// [`Error::Length`] for a `grad_output` of another length than the output; [`Error::Saved`] for what a layer with

@@ -11,7 +11,7 @@ pub(crate) enum Dtype {
 
 /// Train one Mixture-of-Experts layer on random tokens.
 #[derive(Debug, Parser)]
-#[command(rename_all = "snake_case")]
+#[command(rename_all = "snake_case", args_override_self = true)]
 pub(crate) struct Options {
     /// Sequences of a step
     #[arg(long, default_value_t = 16, value_parser = at_least_one)]

@@ -1,8 +1,8 @@
 //! What PyTorch's generator for the CPU draws, so that this program begins with the values of its Python twin.
 //!
 //! The engine is mt19937; this is how its numbers become those of `Tensor.uniform_`, `torch.randn` and `nn.Linear`. The
-//! uniform ones have torch's bits. The normal ones are within a few roundings: torch computes their logarithms and sines by
-//! approximations in f32.
+//! uniform ones have torch's bits. The normal ones are within a few roundings: torch computes their logarithms and
+//! sines by approximations in f32.
 use rand_mt::Mt;
 use tutel_moe::Element;
 use tutel_moe::half::{bf16, f16};
