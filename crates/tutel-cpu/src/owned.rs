@@ -3,6 +3,7 @@
 //! The kernels themselves write to `&mut [MaybeUninit<T>]`, of which safe code cannot make a vector; here is the one
 //! place that does. Arguments and errors are those of the kernel of the same name.
 use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tutel_core::{Error, GroupedShape, Real, RoutePlan, RoutingShape, RowShape, ScoreFunction, checked_product};
 
@@ -31,12 +32,48 @@ fn uninit<T>(factors: &[usize]) -> Result<Vec<MaybeUninit<T>>, Error> {
     Ok(buffer)
 }
 
-/// The same memory after a kernel has succeeded on all of it. Only the functions below may call this.
+/// The shape, of which somebody may have set the fields: without a choice kernels would leave outputs unwritten.
+fn checked(shape: RoutingShape) -> Result<RoutingShape, Error> {
+    RoutingShape::new(shape.tokens, shape.experts, shape.top_k)
+}
+
+/// The same memory after a kernel has succeeded on all of it. Only the functions below may call this, which run kernels
+/// on [`Checked`] threads.
 fn written<T>(buffer: Vec<MaybeUninit<T>>) -> Vec<T> {
     let buffer = Box::into_raw(buffer.into_boxed_slice());
     // SAFETY: `MaybeUninit<T>` has the layout of `T`, and a kernel that returns Ok has written every element of its
-    // output. The box was given up just before, so that the memory has one owner again.
+    // output: all its workers have come to their ends. The box was given up just before, so that the memory has one
+    // owner again.
     unsafe { Box::from_raw(buffer as *mut [T]) }.into_vec()
+}
+
+/// The caller's threads, of which it is made sure that they do what [`Parallel`] says: anybody may implement that
+/// without
+/// `unsafe`, so no memory may be taken for written on its word.
+struct Checked<'a>(&'a dyn Parallel);
+
+impl Parallel for Checked<'_> {
+    fn threads(&self) -> usize {
+        self.0.threads().max(1)
+    }
+
+    /// # Panics
+    /// When a worker has begun and not come to its end.
+    fn run(&self, workers: usize, worker: &(dyn Fn() + Sync)) {
+        let (begun, ended) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let counted = || {
+            begun.fetch_add(1, Ordering::Relaxed);
+            worker();
+            ended.fetch_add(1, Ordering::Relaxed);
+        };
+        self.0.run(workers, &counted);
+        // A worker ends when no task is left to take, so one that ends is enough, if those that began have ended too.
+        if begun.load(Ordering::Relaxed) == 0 {
+            counted();
+        }
+        let (begun, ended) = (begun.into_inner(), ended.into_inner());
+        assert!(begun == ended, "Parallel::run returned although {ended} of {begun} workers have ended");
+    }
 }
 
 /// [`crate::select_experts()`] into new vectors.
@@ -50,12 +87,13 @@ pub fn select_experts<T: Scalar>(
     normalize: bool,
     parallel: &dyn Parallel,
 ) -> Result<Selection<T::Accumulator>, Error> {
+    let shape = checked(shape)?;
     let choices = [shape.tokens, shape.top_k];
     let (mut ids, mut weights) = (uninit(&choices)?, uninit(&choices)?);
     let (mut top_scores, mut score_sums) = (uninit(&[shape.tokens])?, uninit(&[shape.experts])?);
     let output =
         SelectOutput { ids: &mut ids, weights: &mut weights, top_scores: &mut top_scores, score_sums: &mut score_sums };
-    crate::select_experts(logits, shape, function, normalize, output, parallel)?;
+    crate::select_experts(logits, shape, function, normalize, output, &Checked(parallel))?;
     Ok(Selection {
         ids: written(ids),
         weights: written(weights),
@@ -74,7 +112,7 @@ pub fn select_experts_backward<T: Scalar>(
     parallel: &dyn Parallel,
 ) -> Result<Vec<T>, Error> {
     let mut output = uninit(&[shape.tokens, shape.experts])?;
-    crate::select_experts_backward(input, shape, &mut output, parallel)?;
+    crate::select_experts_backward(input, shape, &mut output, &Checked(parallel))?;
     Ok(written(output))
 }
 
@@ -88,6 +126,7 @@ pub fn assign_rows<A: Real>(
     shape: RoutingShape,
     capacity: Option<usize>,
 ) -> Result<RoutePlan, Error> {
+    let shape = checked(shape)?;
     let (choices, experts) = ([shape.tokens, shape.top_k], [shape.experts]);
     let (mut slots, mut row_index, mut row_choice) = (uninit(&choices)?, uninit(&choices)?, uninit(&choices)?);
     let (mut tokens_per_expert, mut first_choices) = (uninit(&experts)?, uninit(&experts)?);
@@ -123,7 +162,7 @@ pub fn dispatch<T: Scalar>(
     parallel: &dyn Parallel,
 ) -> Result<Vec<T>, Error> {
     let mut rows = uninit(&[shape.rows, shape.width])?;
-    crate::dispatch(tokens, row_choice, weights, shape, &mut rows, parallel)?;
+    crate::dispatch(tokens, row_choice, weights, shape, &mut rows, &Checked(parallel))?;
     Ok(written(rows))
 }
 
@@ -139,7 +178,7 @@ pub fn combine<T: Scalar>(
     parallel: &dyn Parallel,
 ) -> Result<Vec<T>, Error> {
     let mut tokens = uninit(&[shape.tokens, shape.width])?;
-    crate::combine(rows, row_index, weights, shape, &mut tokens, parallel)?;
+    crate::combine(rows, row_index, weights, shape, &mut tokens, &Checked(parallel))?;
     Ok(written(tokens))
 }
 
@@ -155,7 +194,7 @@ pub fn row_dot<T: Scalar>(
     parallel: &dyn Parallel,
 ) -> Result<Vec<T::Accumulator>, Error> {
     let mut dots = uninit(&[shape.tokens, shape.top_k])?;
-    crate::row_dot(rows, row_index, tokens, shape, &mut dots, parallel)?;
+    crate::row_dot(rows, row_index, tokens, shape, &mut dots, &Checked(parallel))?;
     Ok(written(dots))
 }
 
@@ -169,7 +208,7 @@ pub fn grouped_gemm<T: Scalar>(
     parallel: &dyn Parallel,
 ) -> Result<Vec<T>, Error> {
     let mut output = uninit(&[shape.rows, shape.outer])?;
-    crate::grouped_gemm(input, shape, &mut output, parallel)?;
+    crate::grouped_gemm(input, shape, &mut output, &Checked(parallel))?;
     Ok(written(output))
 }
 
@@ -185,7 +224,7 @@ pub fn grouped_gemm_weight_grad<T: Scalar>(
     parallel: &dyn Parallel,
 ) -> Result<Vec<T>, Error> {
     let mut output = uninit(&[shape.experts, shape.inner, shape.outer])?;
-    crate::grouped_gemm_weight_grad(left, right, offsets, shape, &mut output, parallel)?;
+    crate::grouped_gemm_weight_grad(left, right, offsets, shape, &mut output, &Checked(parallel))?;
     Ok(written(output))
 }
 
@@ -200,6 +239,56 @@ pub fn grouped_sum<T: Scalar>(
     parallel: &dyn Parallel,
 ) -> Result<Vec<T>, Error> {
     let mut output = uninit(&[offsets.len().saturating_sub(1), width])?;
-    crate::grouped_sum(rows, offsets, (num_rows, width), &mut output, parallel)?;
+    crate::grouped_sum(rows, offsets, (num_rows, width), &mut output, &Checked(parallel))?;
     Ok(written(output))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Serial;
+
+    /// Breaks the trait's promises in safe code.
+    struct Idle(usize);
+
+    impl Parallel for Idle {
+        fn threads(&self) -> usize {
+            self.0
+        }
+        fn run(&self, _workers: usize, _worker: &(dyn Fn() + Sync)) {}
+    }
+
+    /// Hides that a worker has not ended.
+    struct Hushing;
+
+    impl Parallel for Hushing {
+        fn threads(&self) -> usize {
+            2
+        }
+        fn run(&self, _workers: usize, worker: &(dyn Fn() + Sync)) {
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(worker));
+        }
+    }
+
+    #[test]
+    fn threads_that_do_nothing_leave_nothing_unwritten() {
+        let (tokens, choices): (Vec<f32>, Vec<i64>) = ((0..300_000).map(|i| i as f32).collect(), (0..3000).collect());
+        let shape = RowShape::new(3000, 3000, 100, 1).unwrap();
+        for threads in [0, 2] {
+            let rows = dispatch(&tokens, &choices, None, shape, &Idle(threads)).unwrap();
+            assert!(rows == dispatch(&tokens, &choices, None, shape, &Serial).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_shape_without_choices_is_refused() {
+        let shape = RoutingShape { tokens: 2, experts: 3, top_k: 0 };
+        assert_eq!(assign_rows::<f32>(&[], None, shape, None).unwrap_err(), Error::TopK { top_k: 0, experts: 3 });
+    }
+
+    #[test]
+    #[should_panic(expected = "0 of 1 workers have ended")]
+    fn a_worker_that_did_not_end_is_noticed() {
+        Checked(&Hushing).run(2, &|| panic!("hushed up"));
+    }
 }

@@ -9,7 +9,7 @@ use tutel_cpu::{Parallel, Scalar, ScopedThreads};
 use crate::initial::initial_parameters;
 use crate::layer::Options;
 use crate::parameters::Sizes;
-use crate::route::Routing;
+use crate::route::{Routing, check_capacity_factor};
 use crate::{Activation, Error, MoeLayer};
 
 /// Where a choice's weight multiplies.
@@ -214,9 +214,7 @@ impl<T: Scalar> MoeLayerBuilder<T> {
             let allowed = format!("between 1 and the number of experts ({experts})");
             return Err(Error::option("top_k", top_k, allowed));
         }
-        if !capacity_factor.is_finite() {
-            return Err(Error::option("capacity_factor", capacity_factor, "finite (0 drops nothing)"));
-        }
+        let capacity_factor = check_capacity_factor(capacity_factor)?;
         tutel_core::RoutingShape::new(0, experts, top_k)?;
         Ok(Routing { experts, top_k, capacity_factor, normalize_gate, batch_prioritized })
     }

@@ -27,10 +27,12 @@ fn each_chunk<T: Send>(buffer: &mut [T], parallel: &dyn Parallel, act: &(dyn Fn(
             act(index * CHUNK, chunks.take(index));
         }
     };
-    match parallel.threads().min(count) {
-        threads if threads > 1 && !few => parallel.run(threads, &work),
-        _ => work(),
+    let threads = if few { 1 } else { parallel.threads().min(count) };
+    if threads > 1 {
+        parallel.run(threads, &work);
     }
+    // Alone, or for what the others have left.
+    work();
 }
 
 /// A chunk of a slice in the accumulator type.

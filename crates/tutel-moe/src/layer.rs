@@ -9,6 +9,7 @@ use crate::error::check_shape;
 use crate::experts::{ExpertGradients, Experts, SavedExperts};
 use crate::kernels::{Kernels, Matrices};
 use crate::parameters::{Parameters, Role, Sizes};
+use crate::route::check_capacity_factor;
 use crate::route::{Routed, Routing};
 use crate::{Activation, Error, ScoreAt};
 
@@ -125,6 +126,15 @@ impl<T: Scalar> MoeLayer<T> {
     /// K.
     pub fn top_k(&self) -> usize {
         self.options.routing.top_k
+    }
+
+    /// Changes the capacity factor, for example for inference; see [`MoeLayerBuilder::capacity_factor`].
+    ///
+    /// # Errors
+    /// [`Error::Option`] for a factor that is not finite; then nothing has changed.
+    pub fn set_capacity_factor(&mut self, capacity_factor: f64) -> Result<(), Error> {
+        self.options.routing.capacity_factor = check_capacity_factor(capacity_factor)?;
+        Ok(())
     }
 
     /// The parameters.

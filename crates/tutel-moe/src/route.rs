@@ -27,6 +27,11 @@ pub(crate) struct Routed<T: Scalar> {
     pub(crate) plan: RoutePlan,
 }
 
+pub(crate) fn check_capacity_factor(factor: f64) -> Result<f64, Error> {
+    let refused = || Error::option("capacity_factor", factor, "finite (0 drops nothing)");
+    factor.is_finite().then_some(factor).ok_or_else(refused)
+}
+
 impl Routing {
     /// The capacity C: slots of an expert beyond which choices are dropped; None keeps all.
     ///

@@ -57,6 +57,18 @@ fn inference_and_training_give_equal_bits() {
 }
 
 #[test]
+fn the_capacity_factor_can_be_changed() {
+    let mut layer = PLAIN.layer::<f32>(4);
+    let tokens: Vec<f32> = cast(&Values(4).vec(9 * MODEL_DIM, 1.0));
+    let before = layer.forward(&tokens).unwrap();
+    layer.set_capacity_factor(0.1).unwrap();
+    let dropped = layer.forward(&tokens).unwrap();
+    assert!(dropped.tokens.iter().all(|&value| value == 0.0), "no expert takes any");
+    layer.set_capacity_factor(0.0).unwrap();
+    assert_eq!(layer.forward(&tokens).unwrap(), before);
+}
+
+#[test]
 fn no_tokens_and_one_token() {
     for case in cases() {
         let layer = case.layer::<f32>(7);

@@ -2,5 +2,6 @@
 mod forward;
 mod gradients;
 mod naive;
+mod python;
 mod refusals;
 mod threads;

@@ -49,6 +49,9 @@ fn arguments() {
     let short = layer.backward(saved.clone(), &[0.0; OUTPUT_DIM], 0.0).unwrap_err();
     assert_eq!(short.to_string(), "grad_output must have 6 elements (shape [2, 3]), got 3");
 
+    let refused = layer.set_capacity_factor(f64::NAN).unwrap_err();
+    assert_eq!(refused.to_string(), "capacity_factor must be finite (0 drops nothing), got NaN");
+
     let parameters = layer.parameters_mut();
     let unknown = parameters.set("experts.W_fc1", &[]).unwrap_err().to_string();
     assert!(unknown.starts_with("there is no parameter \"experts.W_fc1\"; this layer has experts.batched_fc1_w, "));
