@@ -151,7 +151,7 @@ impl<T: Scalar> MoeLayerBuilder<T> {
         fc1_bias: bool = Some(fc1_bias);
         /// Whether there is a bias b2. True unless given; false in gated experts, which have none.
         fc2_bias: bool = Some(fc2_bias);
-        /// Seeds the initial values, which are the same on every machine. 0 unless given.
+        /// Seeds the initial values. 0 unless given.
         ///
         /// The gate and plain experts begin uniformly within 1 / √(number of inputs), gated experts normally
         /// distributed with standard deviation 0.01. [`Parameters::set`](crate::Parameters::set) gives other values.
@@ -161,7 +161,8 @@ impl<T: Scalar> MoeLayerBuilder<T> {
         threads: usize = Some(threads);
     }
 
-    /// Who runs the kernels' tasks instead of threads that the layer starts, for example a pool of the caller's.
+    /// Who runs the kernels' tasks instead of threads that the layer starts, for example a pool of the caller's. The
+    /// layer panics if its [`Parallel::run`] returns before all workers that it has begun have come to their ends.
     #[must_use]
     pub fn parallel(mut self, parallel: impl Parallel + Send + 'static) -> Self {
         self.parallel = Some(Arc::new(parallel));

@@ -37,3 +37,59 @@ pub(crate) fn initial_parameters<T: Element>(sizes: Sizes, seed: u64) -> Result<
         Ok(values)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PLAIN: Sizes = Sizes {
+        model_dim: 16,
+        hidden_size: 25,
+        experts: 4,
+        output_dim: 8,
+        gated: false,
+        fc1_bias: true,
+        fc2_bias: true,
+    };
+
+    /// The largest magnitude and the root mean square of a parameter.
+    fn extent(parameters: &Parameters<f64>, name: &str) -> (f64, f64) {
+        let values = parameters.get(name).unwrap().values;
+        let squares: f64 = values.iter().map(|value| value * value).sum();
+        (values.iter().fold(0.0, |largest, value| value.abs().max(largest)), (squares / values.len() as f64).sqrt())
+    }
+
+    #[test]
+    fn plain_values_are_uniform_within_their_bounds() {
+        let parameters = initial_parameters::<f64>(PLAIN, 1).unwrap();
+        for (name, bound) in [
+            ("experts.batched_fc1_w", 0.25),
+            ("experts.batched_fc2_w", 0.2),
+            ("experts.batched_fc1_bias", 0.25),
+            ("experts.batched_fc2_bias", 0.2),
+            ("gates.0.wg.weight", 0.25),
+        ] {
+            let (largest, size) = extent(&parameters, name);
+            assert!(largest <= bound && largest > 0.85 * bound, "{name}: {largest}");
+            assert!((size / bound - 3f64.sqrt().recip()).abs() < 0.12, "{name}: {size}");
+        }
+    }
+
+    #[test]
+    fn gated_values_are_normal() {
+        let sizes = Sizes { gated: true, fc1_bias: false, fc2_bias: false, ..PLAIN };
+        let parameters = initial_parameters::<f64>(sizes, 1).unwrap();
+        for name in ["experts.W_fc1", "experts.W_fc2", "experts.W_fc3"] {
+            let (largest, size) = extent(&parameters, name);
+            assert!((size / 0.01 - 1.0).abs() < 0.1 && largest > 0.02, "{name}: {size}, at most {largest}");
+        }
+        assert!(extent(&parameters, "gates.0.wg.weight").0 <= 0.25);
+    }
+
+    #[test]
+    fn the_seed_decides() {
+        let draw = |seed| initial_parameters::<f32>(PLAIN, seed).unwrap();
+        assert_eq!(draw(3), draw(3));
+        assert_ne!(draw(3), draw(4));
+    }
+}

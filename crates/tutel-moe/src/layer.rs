@@ -9,8 +9,7 @@ use crate::error::check_shape;
 use crate::experts::{ExpertGradients, Experts, SavedExperts};
 use crate::kernels::{Kernels, Matrices};
 use crate::parameters::{Parameters, Role, Sizes};
-use crate::route::check_capacity_factor;
-use crate::route::{Routed, Routing};
+use crate::route::{Routed, Routing, check_capacity_factor};
 use crate::{Activation, Error, ScoreAt};
 
 /// What has to be the same where something is saved and where it is used.
@@ -160,8 +159,8 @@ impl<T: Scalar> MoeLayer<T> {
         self.output(&rows, &routed)
     }
 
-    /// Computes tokens `[T, D]` and keeps what [`Self::backward`] needs: two copies of the rows of width D, one of the
-    /// outputs, and two or three buffers of T K rows of width H.
+    /// Computes tokens `[T, D]` and keeps what [`Self::backward`] needs: a copy of the tokens, and T K rows of width D,
+    /// of width `D_out`, and two times (three times in gated experts) of width H.
     ///
     /// # Errors
     /// As [`Self::forward`].

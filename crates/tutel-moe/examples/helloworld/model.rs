@@ -78,9 +78,10 @@ impl<'a, T: Scalar + Uniform> Model<'a, T> {
         let grad_output: Vec<T> =
             slopes.iter().flat_map(|&slope| std::iter::repeat_n(slope, self.options.model_dim)).collect();
         let gradients = self.layer.backward(saved, &grad_output, aux_weight)?;
+        let rate = T::Accumulator::from_f64(LEARNING_RATE);
         for (parameter, gradient) in self.layer.parameters_mut().iter_mut().zip(gradients.parameters.iter()) {
-            for (value, &slope) in parameter.values.iter_mut().zip(gradient.values) {
-                *value = narrow(wide(*value) - LEARNING_RATE * wide(slope));
+            for (value, slope) in parameter.values.iter_mut().zip(gradient.values) {
+                *value = T::narrow(value.widen() - rate * slope.widen());
             }
         }
         Ok(self.total(loss, output.aux_loss))

@@ -37,6 +37,19 @@ fn bits_do_not_depend_on_the_number_of_threads() {
     check::<bf16>();
 }
 
+#[test]
+fn layers_can_be_shared_by_threads() {
+    let layer = builder::<f32>(true).build().unwrap();
+    let tokens: Vec<f32> = cast(&Values(1).vec(3 * 96, 1.0));
+    let alone = layer.forward(&tokens).unwrap();
+    std::thread::scope(|scope| {
+        let calls = [(); 3].map(|()| scope.spawn(|| layer.forward(&tokens).unwrap()));
+        for call in calls {
+            assert_eq!(call.join().unwrap(), alone);
+        }
+    });
+}
+
 /// Counts how often it is asked to run something.
 struct Counting<'a>(&'a AtomicUsize);
 
