@@ -5,8 +5,8 @@
 //! every element of them is written exactly once. Arguments are checked first: a kernel either refuses them with a
 //! [`tutel_core::Error`] and has written nothing, or succeeds.
 //!
-//! `unsafe` stands in [`disjoint`] (writes from several threads), [`owned`] (outputs that become vectors) and in `arch` (calls
-//! below Rust's checks) only.
+//! `unsafe` stands in [`disjoint`] (writes from several threads), [`owned`] (outputs that become vectors) and `arch`
+//! (calls below Rust's checks) only.
 #![deny(unsafe_code)]
 
 mod activation;

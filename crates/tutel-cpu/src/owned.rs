@@ -48,8 +48,7 @@ fn written<T>(buffer: Vec<MaybeUninit<T>>) -> Vec<T> {
 }
 
 /// The caller's threads, of which it is made sure that they do what [`Parallel`] says: anybody may implement that
-/// without
-/// `unsafe`, so no memory may be taken for written on its word.
+/// without `unsafe`, so no memory may be taken for written on its word.
 struct Checked<'a>(&'a dyn Parallel);
 
 impl Parallel for Checked<'_> {

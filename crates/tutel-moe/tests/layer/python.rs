@@ -54,8 +54,8 @@ fn check(builder: MoeLayerBuilder<f64>, expected: &Expected) {
     }
 }
 
-/// `experts={"type": "ffn", "count_per_node": 3, "hidden_size_per_expert": 4, "output_dim": 2, "activation_fn": F.gelu}`,
-/// `factor=0.6`.
+/// `experts={"type": "ffn", "count_per_node": 3, "hidden_size_per_expert": 4, "output_dim": 2, "activation_fn":
+/// F.gelu}`, `factor=0.6`.
 #[test]
 fn plain_experts() {
     let builder = MoeLayer::builder().output_dim(2).activation(Activation::Gelu).capacity_factor(0.6);
