@@ -281,11 +281,11 @@ def random_values(shape, dtype=torch.float64, *, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def assert_close(what, ours, naive, exact):
+def assert_close(what, ours, naive, exact, free=1):
     """|ours - exact| <= 2 * |naive - exact|, the largest error over all elements.
 
     The naive twin may be lucky, and in fp64 it is the reference itself, so some roundings of the largest value (of 1
-    if all are smaller) are free: one of the result's dtype, four of the accumulator's, 64 of fp64.
+    if all are smaller) are free, ``free`` times: one of the result's dtype, four of the accumulator's, 64 of fp64.
     """
     assert ours.dtype == naive.dtype, what
     assert ours.shape == naive.shape == exact.shape, what
@@ -293,7 +293,7 @@ def assert_close(what, ours, naive, exact):
         return
     eps = torch.finfo(ours.dtype).eps
     roundings = max(eps, 4 * torch.finfo(accumulator(ours.dtype)).eps, 64 * torch.finfo(torch.float64).eps)
-    floor = max(exact.abs().max().item(), 1.0) * roundings
+    floor = max(exact.abs().max().item(), 1.0) * roundings * free
     error, twin = ((value.double() - exact).abs().max().item() for value in (ours, naive))
     assert error <= max(2 * twin, floor), f"{what}: error {error:.3e}, naive twin {twin:.3e}, floor {floor:.3e}"
 

@@ -240,10 +240,18 @@ class MOELayer(nn.Module):
             plan = dataclasses.replace(plan, topk_weights=torch.ones_like(plan.topk_weights))
         self.dispatch_count = plan.tokens_per_expert
 
+        return self._result(self._compute(tokens, plan, megablocks_size), input, reserve_dims, l_aux)
+
+    def _compute(self, tokens: Tensor, plan: RoutePlan, megablocks_size: int) -> Tensor:
+        """Dispatch tokens, compute experts and combine: in one where that is possible."""
+        if not self._skip_expert:
+            output = self._dispatcher.compute_tokens(tokens, plan, self.experts)
+            if output is not None:
+                return output
         rows, handle = self._dispatcher.dispatch(tokens, plan, padded=takes_padded(self.experts))
         if not self._skip_expert:
             rows = compute_experts(self.experts, rows, self._context(megablocks_size))
-        return self._result(self._dispatcher.combine(rows, handle), input, reserve_dims, l_aux)
+        return self._dispatcher.combine(rows, handle)
 
     def _dense(self, tokens: Tensor, megablocks_size: int) -> Tensor:
         """Compute all tokens by the only expert, as the gate ``megatron`` does."""

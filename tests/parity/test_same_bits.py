@@ -3,7 +3,7 @@
 import pytest
 import torch
 from reference import DTYPES, accumulator, assert_same_bits, make_layer, random_values
-from tutel.functional import assign_rows, combine, dispatch, grouped_gemm, select_experts
+from tutel.functional import Routes, assign_rows, combine, dispatch, expert_ffn, grouped_gemm, select_experts
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # Large enough for several tasks in every operator.
@@ -109,7 +109,9 @@ def test_a_token_has_the_same_bits_alone_and_in_a_batch(dtype):
         chosen = select_experts(logits[part], 2)
         plan = assign_rows(chosen.ids, 8)
         rows = grouped_gemm(dispatch(tokens[part], plan.row_index, plan.row_choice), matrices, plan.offsets)
-        return combine(rows, plan.row_index, plan.row_choice, chosen.weights)
+        routes = Routes(chosen.ids, chosen.weights, plan.row_index, plan.row_choice)
+        fused = expert_ffn(tokens[part], matrices, matrices.mT, plan.offsets, activation="gelu", routes=routes)
+        return torch.cat([combine(rows, plan.row_index, plan.row_choice, chosen.weights), fused], dim=1)
 
     batch = output_of(slice(None))
     for t in (0, 7, 39):

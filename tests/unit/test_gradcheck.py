@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import make_layer, random_values
 from torch.autograd import gradcheck
-from tutel.functional import assign_rows, combine, dispatch, grouped_gemm, select_experts
+from tutel.functional import Routes, assign_rows, combine, dispatch, expert_ffn, grouped_gemm, select_experts
 
 # Five choices are dropped; expert 3 has no rows.
 IDS = torch.tensor([[0, 1], [0, 2], [0, 1], [2, 0], [1, -1]], dtype=torch.int32)
@@ -50,6 +50,42 @@ def test_grouped_gemm(transposed, biased):
     assert gradcheck(
         lambda rows, w, b: grouped_gemm(rows, w, PLAN.offsets, b, transposed=transposed), (leaf(10, 3), weight, bias)
     )
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("routed", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_expert_ffn(transposed, gated, routed, activation):
+    shape = (4, 5, 3) if transposed else (4, 3, 5)
+
+    def function(tokens, weights, fc1, fc2, value, fc1_bias, fc2_bias):
+        routes = Routes(IDS, weights, PLAN.row_index, PLAN.row_choice) if routed else None
+        options = {"activation": activation, "transposed": transposed, "routes": routes}
+        return expert_ffn(tokens, fc1, fc2, PLAN.offsets, value=value, fc1_bias=fc1_bias, fc2_bias=fc2_bias, **options)
+
+    arguments = [leaf(5 if routed else 10, 3), leaf(5, 2, seed=1) if routed else None, leaf(*shape, seed=2)]
+    arguments += [
+        leaf(4, 5, 2, seed=3),
+        leaf(*shape, seed=4) if gated else None,
+        leaf(4, 5, seed=5),
+        leaf(4, 2, seed=6),
+    ]
+    assert gradcheck(function, arguments)
+
+
+@pytest.mark.parametrize("only", range(7))
+def test_experts_input_alone_needs_gradient(only):
+    shapes = [(5, 3), (5, 2), (4, 3, 5), (4, 5, 2), (4, 3, 5), (4, 5), (4, 2)]
+    arguments = [random_values(shape, seed=index) for index, shape in enumerate(shapes)]
+    arguments[only].requires_grad_()
+
+    def function(tokens, weights, fc1, fc2, value, fc1_bias, fc2_bias):
+        routes = Routes(IDS, weights, PLAN.row_index, PLAN.row_choice)
+        options = {"value": value, "fc1_bias": fc1_bias, "fc2_bias": fc2_bias, "routes": routes}
+        return expert_ffn(tokens, fc1, fc2, PLAN.offsets, activation="silu", **options)
+
+    assert gradcheck(function, arguments)
 
 
 @pytest.mark.parametrize("only", [0, 1, 2])

@@ -37,7 +37,17 @@ def calls(dtype):
     for bias in (None, some(4, 2)):
         yield ops.grouped_gemm, (some(10, 3), some(4, 3, 2), bias, OFFSETS, False)
     yield ops.grouped_gemm, (some(10, 3), some(4, 2, 3), some(4, 2), OFFSETS, True)
-    yield ops.grouped_gemm_weight_grad, (some(10, 3), some(10, 2), OFFSETS)
+    yield ops.grouped_gemm_pair, (some(10, 3), some(4, 3, 2), some(10, 3), some(4, 3, 2), OFFSETS, False)
+    yield ops.grouped_gemm_weight_grad, (some(10, 3), some(10, 2), OFFSETS, None, None, 1)
+    yield ops.grouped_gemm_weight_grad, (some(5, 3), some(10, 2), OFFSETS, ROW_CHOICE, None, 2)
+    for save, value in ((True, some(4, 3, 2)), (True, None), (False, some(4, 3, 2))):
+        arguments = (some(4, 3, 2), some(4, 2), value, OFFSETS, False, 0, save)
+        yield ops.expert_hidden, (some(10, 3), None, 1, *arguments)
+        yield ops.expert_hidden, (some(5, 3), ROW_CHOICE, 2, *arguments)
+    saved = (some(10, 6), some(10, 6))
+    yield ops.expert_hidden_grad, (some(10, 3), None, None, some(4, 6, 3), False, OFFSETS, 1, *saved, True)
+    routed = (some(5, 3), ROW_CHOICE, some(5, 2, dtype=acc))
+    yield ops.expert_hidden_grad, (*routed, some(4, 3, 6), True, OFFSETS, 1, saved[0], None, False)
     yield ops.grouped_sum, (some(10, 3), OFFSETS)
 
 

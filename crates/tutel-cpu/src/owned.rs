@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tutel_core::{Error, GroupedShape, Real, RoutePlan, RoutingShape, RowShape, ScoreFunction, checked_product};
 
-use crate::{AssignOutput, GroupedGemm, Parallel, Scalar, SelectBackward, SelectOutput};
+use crate::{AssignOutput, GroupedGemm, Parallel, RowsOf, Scalar, SelectBackward, SelectOutput};
 
 /// What [`select_experts`] finds; see [`SelectOutput`].
 #[derive(Debug, Clone, PartialEq)]
@@ -216,8 +216,8 @@ pub fn grouped_gemm<T: Scalar>(
 /// # Errors
 /// As the kernel.
 pub fn grouped_gemm_weight_grad<T: Scalar>(
-    left: &[T],
-    right: &[T],
+    left: RowsOf<'_, T>,
+    right: RowsOf<'_, T>,
     offsets: &[i64],
     shape: GroupedShape,
     parallel: &dyn Parallel,

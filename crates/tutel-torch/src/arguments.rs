@@ -1,6 +1,7 @@
 //! What every operator asks of its arguments.
 use torch_stable::{Element, Error, Tensor};
 use tutel_core::ScoreFunction;
+use tutel_cpu::Activation;
 
 /// Sizes of a tensor of known rank.
 pub(crate) fn sizes_of<const RANK: usize>(tensor: &Tensor, argument: &str) -> Result<[usize; RANK], Error> {
@@ -50,4 +51,12 @@ pub(crate) fn refused(error: tutel_core::Error) -> Error {
 
 pub(crate) fn score_function(softmax: bool) -> ScoreFunction {
     if softmax { ScoreFunction::Softmax } else { ScoreFunction::Identity }
+}
+
+/// An activation by its place in the list that `tutel._core.activations()` returns.
+pub(crate) fn activation_argument(code: i64) -> Result<Activation, Error> {
+    let known = usize::try_from(code).ok().and_then(|code| Activation::ALL.get(code));
+    known.map(|(activation, _)| *activation).ok_or_else(|| {
+        Error::kernel(format!("activation must be between 0 and {}, got {code}", Activation::ALL.len() - 1))
+    })
 }

@@ -12,7 +12,7 @@ mod _core {
 
     use pyo3::exceptions::{PyImportError, PyValueError};
     use pyo3::prelude::*;
-    use tutel_cpu::{Level, UnknownLevel};
+    use tutel_cpu::{Activation, Level, UnknownLevel};
 
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "a Python name")]
@@ -30,6 +30,12 @@ mod _core {
     #[pyfunction]
     fn cpu_level() -> &'static str {
         Level::current().name()
+    }
+
+    /// Names of the activations that kernels know, in the order of their numbers.
+    #[pyfunction]
+    fn activations() -> Vec<&'static str> {
+        Activation::ALL.iter().map(|(_, name)| *name).collect()
     }
 
     #[pymodule_init]

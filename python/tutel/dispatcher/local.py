@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from tutel.experts import PaddedRows, Rows
-from tutel.functional import accumulator_dtype, combine, dispatch, padded_rows
+from tutel.experts import PaddedRows, Rows, takes_tokens
+from tutel.functional import Routes, accumulator_dtype, combine, dispatch, padded_rows
 from tutel.route import RoutePlan
 
 
@@ -48,6 +48,15 @@ class LocalDispatcher:
         if padded:
             return PaddedRows(data.view(plan.num_experts, capacity, data.shape[1])), handle
         return Rows(data, plan.offsets), handle
+
+    def compute_tokens(self, tokens: Tensor, plan: RoutePlan, experts: nn.Module) -> Tensor | None:
+        """Dispatch, compute and combine without rows in between; None where weights or experts do not allow it."""
+        if self.weigh_inputs or not takes_tokens(experts, tokens):
+            return None
+        weights = plan.topk_weights.to(accumulator_dtype(tokens.dtype))
+        routes = Routes(plan.topk_ids, weights, plan.row_index, plan.row_choice)
+        output: Tensor = experts.compute_tokens(tokens, routes, plan.offsets, experts.weights())  # type: ignore[operator]
+        return output
 
     def combine(self, rows: Rows | PaddedRows, handle: LocalHandle) -> Tensor:
         """Bring the experts' rows back to tokens [T, D_out]."""

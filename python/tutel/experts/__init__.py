@@ -5,7 +5,7 @@ from tutel.experts.ffn import FFNExperts, FFNWeights
 from tutel.experts.llama_ffn import LlamaFFNExperts
 from tutel.experts.make import make_experts
 from tutel.experts.modules import ModuleExperts
-from tutel.experts.padded import compute_experts, takes_padded
+from tutel.experts.padded import compute_experts, takes_padded, takes_tokens
 from tutel.experts.rows import PaddedRows, Rows
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "compute_experts",
     "make_experts",
     "takes_padded",
+    "takes_tokens",
 ]

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tutel.config import FFNConfig
+from tutel.experts.activation import known_activation
 from tutel.experts.precision import compute_dtype
 from tutel.experts.rows import PaddedRows, Rows
-from tutel.functional import grouped_gemm
+from tutel.functional import Routes, expert_ffn, grouped_gemm
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,40 @@ class FFNExperts(nn.Module):
         """Return this rank's parameters."""
         return FFNWeights(self.batched_fc1_w, self.batched_fc2_w, self.batched_fc1_bias, self.batched_fc2_bias)
 
+    def fused(self) -> str | None:
+        """Return the name of the activation if all of an expert can be computed in fused passes."""
+        config = self.config
+        dropout = config.dropout and self.training
+        own = config.padded or config.activation_with_self is not None or config.fc1_copies != 1
+        return None if dropout or own else known_activation(config.activation)
+
+    def compute_tokens(self, tokens: Tensor, routes: Routes, offsets: Tensor, weights: FFNWeights) -> Tensor:
+        """Compute tokens [T, D], in the weights' dtype, to [T, D_out]; only where :meth:`fused` gives a name."""
+        return self._expert_ffn(tokens, offsets, weights, routes)
+
+    def _expert_ffn(self, data: Tensor, offsets: Tensor, weights: FFNWeights, routes: Routes | None) -> Tensor:
+        activation = self.fused()
+        assert activation is not None
+        return expert_ffn(
+            data,
+            weights.fc1,
+            weights.fc2,
+            offsets,
+            activation=activation,
+            fc1_bias=weights.fc1_bias,
+            fc2_bias=weights.fc2_bias,
+            transposed=True,
+            routes=routes,
+        )
+
     def compute(self, rows: Rows, weights: FFNWeights) -> Rows:
         """Compute each expert's rows, in the weights' dtype (in autocast's, where that is on)."""
         dtype = compute_dtype(rows.data, weights.fc1)
         weights = weights.to(dtype)
         offsets = rows.offsets
+        if self.fused() is not None:
+            output = self._expert_ffn(rows.data.to(dtype), offsets, weights, None)
+            return Rows(output.to(rows.data.dtype), offsets)
         hidden = grouped_gemm(rows.data.to(dtype), weights.fc1, offsets, weights.fc1_bias, transposed=True)
         hidden = self._dropout(self._activate(hidden).to(dtype))
         output = self._dropout(grouped_gemm(hidden, weights.fc2, offsets, weights.fc2_bias))

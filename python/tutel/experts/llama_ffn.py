@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from tutel.config import LlamaFFNConfig
+from tutel.experts.activation import known_activation
 from tutel.experts.precision import compute_dtype
 from tutel.experts.rows import Rows
-from tutel.functional import grouped_gemm
+from tutel.functional import Routes, expert_ffn, grouped_gemm
 
 
 class LlamaFFNExperts(nn.Module):
@@ -35,11 +36,27 @@ class LlamaFFNExperts(nn.Module):
         """Return this rank's parameters."""
         return self.W_fc1, self.W_fc2, self.W_fc3
 
+    def fused(self) -> str | None:
+        """Return the name of the activation if all of an expert can be computed in fused passes."""
+        return known_activation(self.config.activation)
+
+    def compute_tokens(
+        self, tokens: Tensor, routes: Routes, offsets: Tensor, weights: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        """Compute tokens [T, D], in the weights' dtype, to [T, D]; only where :meth:`fused` gives a name."""
+        activation = self.fused()
+        assert activation is not None
+        fc1, fc2, fc3 = weights
+        return expert_ffn(tokens, fc1, fc3, offsets, activation=activation, value=fc2, routes=routes)
+
     def compute(self, rows: Rows, weights: tuple[Tensor, Tensor, Tensor]) -> Rows:
         """Compute each expert's rows, in the weights' dtype (in autocast's, where that is on)."""
         dtype = compute_dtype(rows.data, weights[0])
         fc1, fc2, fc3 = (weight.to(dtype) for weight in weights)
         data = rows.data.to(dtype)
+        if (activation := self.fused()) is not None:
+            output = expert_ffn(data, fc1, fc3, rows.offsets, activation=activation, value=fc2)
+            return Rows(output.to(rows.data.dtype), rows.offsets)
         gate = self.config.activation(grouped_gemm(data, fc1, rows.offsets)).to(dtype)
         output = grouped_gemm(gate * grouped_gemm(data, fc2, rows.offsets), fc3, rows.offsets)
         return Rows(output.to(rows.data.dtype), rows.offsets)

@@ -3,13 +3,21 @@
 from torch import Tensor, nn
 
 from tutel.experts.context import ExpertContext
-from tutel.experts.precision import as_parameters
+from tutel.experts.precision import as_parameters, compute_dtype
 from tutel.experts.rows import PaddedRows, Rows
 
 
 def takes_padded(experts: nn.Module) -> bool:
     """Whether the experts take [e, C, D]: one's own say so; a user's class does."""
     return bool(getattr(experts, "padded", True)) or not hasattr(experts, "compute")
+
+
+def takes_tokens(experts: nn.Module, tokens: Tensor) -> bool:
+    """Whether the experts compute these tokens by ``compute_tokens``, without rows in between."""
+    if not hasattr(experts, "compute_tokens") or experts.fused() is None:  # type: ignore[operator]
+        return False
+    weight = next(experts.parameters())
+    return compute_dtype(tokens, weight) == tokens.dtype == weight.dtype
 
 
 def compute_experts(experts: nn.Module, rows: Rows | PaddedRows, context: ExpertContext) -> Rows | PaddedRows:

@@ -15,8 +15,17 @@ def _fake(rows: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, tr
     return rows.new_empty((rows.shape[0], weight.shape[1 if transposed else 2]))
 
 
+@fake("grouped_gemm_pair")
+def _fake_pair(
+    rows: Tensor, weight: Tensor, other_rows: Tensor, other_weight: Tensor, offsets: Tensor, transposed: bool
+) -> Tensor:
+    return rows.new_empty((rows.shape[0], weight.shape[1 if transposed else 2]))
+
+
 @fake("grouped_gemm_weight_grad")
-def _fake_weight_grad(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+def _fake_weight_grad(
+    left: Tensor, right: Tensor, offsets: Tensor, left_choice: Tensor | None, right_choice: Tensor | None, top_k: int
+) -> Tensor:
     return left.new_empty((offsets.shape[0] - 1, left.shape[1], right.shape[1]))
 
 
@@ -46,7 +55,7 @@ class _GroupedGemm(torch.autograd.Function):
             grad_rows = operators.grouped_gemm(grad, weight, None, offsets, not ctx.transposed)
         if ctx.needs_input_grad[1]:
             left, right = (grad, rows) if ctx.transposed else (rows, grad)
-            grad_weight = operators.grouped_gemm_weight_grad(left, right, offsets)
+            grad_weight = operators.grouped_gemm_weight_grad(left, right, offsets, None, None, 1)
         if ctx.needs_input_grad[2]:
             grad_bias = operators.grouped_sum(grad, offsets)
         return grad_rows, grad_weight, grad_bias, None, None

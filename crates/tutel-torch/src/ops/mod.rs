@@ -2,7 +2,11 @@
 mod assign_rows;
 mod combine;
 mod dispatch;
+mod expert_hidden;
+mod expert_hidden_grad;
+mod gather;
 mod grouped_gemm;
+mod grouped_gemm_pair;
 mod grouped_gemm_weight_grad;
 mod grouped_sum;
 mod padded_rows;
@@ -31,6 +35,9 @@ pub(crate) fn register(libtorch_cpu: &Path) -> Result<AbiVersion, Error> {
     add::<combine::Combine>(&library)?;
     add::<row_dot::RowDot>(&library)?;
     add::<grouped_gemm::GroupedGemm>(&library)?;
+    add::<grouped_gemm_pair::GroupedGemmPair>(&library)?;
+    add::<expert_hidden::ExpertHidden>(&library)?;
+    add::<expert_hidden_grad::ExpertHiddenGrad>(&library)?;
     add::<grouped_gemm_weight_grad::GroupedGemmWeightGrad>(&library)?;
     add::<grouped_sum::GroupedSum>(&library)?;
     add::<padded_rows::PaddedRows>(&library)?;
