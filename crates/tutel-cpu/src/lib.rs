@@ -11,6 +11,7 @@
 mod arch;
 mod assign_rows;
 mod combine;
+mod convert;
 #[expect(unsafe_code, reason = "the one place where tasks on several threads share an output")]
 pub mod disjoint;
 mod dispatch;
@@ -24,6 +25,7 @@ mod parallel;
 mod prefix_count;
 mod select_experts;
 mod select_experts_backward;
+mod top_k;
 
 pub use arch::{Level, UnknownLevel};
 pub use assign_rows::{AssignOutput, assign_rows};
@@ -40,5 +42,5 @@ pub use select_experts_backward::{SelectBackward, select_experts_backward};
 
 /// What a kernel computes with: f64, f32, bf16 and f16.
 #[expect(private_bounds, reason = "how a type enters a matrix product is this crate's business")]
-pub trait Scalar: operand::Operand<Accumulator: Exponential> {}
-impl<T: operand::Operand<Accumulator: Exponential>> Scalar for T {}
+pub trait Scalar: operand::Operand<Accumulator: Exponential + convert::Convert> + convert::Convert {}
+impl<T: operand::Operand<Accumulator: Exponential + convert::Convert> + convert::Convert> Scalar for T {}

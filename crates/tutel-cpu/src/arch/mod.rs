@@ -5,6 +5,7 @@
     reason = "a function that is not inlined is compiled without the processor's features"
 )]
 
+mod compiled;
 mod kernel;
 mod level;
 mod portable;
@@ -12,5 +13,6 @@ mod product;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+pub(crate) use compiled::{Body, end_streaming, prefetch, run_at, stream};
 pub use level::{Level, UnknownLevel};
 pub(crate) use product::Scratch;
