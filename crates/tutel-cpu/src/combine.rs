@@ -4,7 +4,7 @@ use std::mem::MaybeUninit;
 use num_traits::{One, Zero};
 use tutel_core::{Error, RowShape, check_len};
 
-use crate::arch::{Body, Level, prefetch, run_at};
+use crate::arch::{Body, Features, Level, prefetch, run_at};
 use crate::disjoint::Chunks;
 use crate::lanes::{LANES, fold};
 use crate::parallel::{Tasks, each_task, items_per_task};
@@ -59,7 +59,7 @@ struct Combine<'a, T: Scalar> {
 
 impl<T: Scalar> Body for Combine<'_, T> {
     #[inline(always)]
-    fn run(self) {
+    fn run<F: Features>(self, _: F) {
         let RowShape { width, top_k, .. } = self.shape;
         let row = |choice: usize| {
             let row = usize::try_from(*self.row_index.get(choice)?).ok()?;
@@ -164,7 +164,7 @@ struct RowDot<'a, T: Scalar> {
 
 impl<T: Scalar> Body for RowDot<'_, T> {
     #[inline(always)]
-    fn run(self) {
+    fn run<F: Features>(self, _: F) {
         let RowShape { width, top_k, .. } = self.shape;
         let row = |choice: usize| {
             let row = usize::try_from(*self.row_index.get(choice)?).ok()?;

@@ -4,7 +4,7 @@ use std::mem::MaybeUninit;
 use num_traits::One;
 use tutel_core::{Error, RowShape, check_len};
 
-use crate::arch::{Body, Level, end_streaming, run_at, stream};
+use crate::arch::{Body, Features, Level, end_streaming, run_at, stream};
 use crate::disjoint::{Chunks, fill};
 use crate::lanes::LANES;
 use crate::parallel::{Tasks, each_task, items_per_task};
@@ -90,7 +90,7 @@ struct Dispatch<'a, T: Scalar> {
 
 impl<T: Scalar> Body for Dispatch<'_, T> {
     #[inline(always)]
-    fn run(self) {
+    fn run<F: Features>(self, _: F) {
         let RowShape { width, top_k, .. } = self.shape;
         for task in self.claimed {
             for place in task * self.block..((task + 1) * self.block).min(self.shape.rows) {

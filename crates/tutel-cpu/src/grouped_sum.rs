@@ -5,7 +5,7 @@ use std::ops::Range;
 use num_traits::Zero;
 use tutel_core::{Error, check_len, check_offsets, checked_product};
 
-use crate::arch::{Body, Level, run_at};
+use crate::arch::{Body, Features, Level, run_at};
 use crate::disjoint::Tiles;
 use crate::parallel::{Tasks, each_task, worthwhile};
 use crate::{Parallel, Scalar};
@@ -48,7 +48,7 @@ struct GroupedSum<'a, T: Scalar> {
 
 impl<T: Scalar> Body for GroupedSum<'_, T> {
     #[inline(always)]
-    fn run(self) {
+    fn run<F: Features>(self, _: F) {
         const RUN: usize = 128;
         for task in self.claimed {
             let mut tile = self.tiles.take(task);

@@ -4,7 +4,7 @@ use std::mem::MaybeUninit;
 use num_traits::{Float, One};
 use tutel_core::{Element, Error, Real, RoutingShape, ScoreFunction, check_len};
 
-use crate::arch::{Body, Level, run_at};
+use crate::arch::{Body, Features, Level, run_at};
 use crate::disjoint::Chunks;
 use crate::exponential::Exponential;
 use crate::lanes::{Block, LANES, blocks_of, fold, widen_into};
@@ -90,7 +90,7 @@ struct Worker<'a, T: Scalar> {
 
 impl<T: Scalar> Body for Worker<'_, T> {
     #[inline(always)]
-    fn run(self) {
+    fn run<F: Features>(self, features: F) {
         let Select { shape: RoutingShape { experts, top_k, .. }, function, normalize, block, .. } = *self.work;
         let mut row = blocks_of(experts);
         let mut top = TopK::new(top_k);
@@ -101,10 +101,20 @@ impl<T: Scalar> Body for Worker<'_, T> {
             let top_scores = self.work.top_scores.take(task);
             let logits = self.work.logits[task * block * experts..].chunks_exact(experts);
             for (((top_score, logits), ids), weights) in top_scores.iter_mut().zip(logits).zip(&mut ids).zip(&mut weights) {
-                widen_into(logits, T::Accumulator::neg_infinity(), &mut row);
-                let chosen = top.find(&row);
-                let largest = row.as_flattened()[chosen[0] as usize];
-                let scale = raise(&mut row, function, largest);
+                let padding = T::Accumulator::neg_infinity();
+                widen_into(logits, padding, &mut row);
+                let mut chosen = top.find(features, &row);
+                let mut scale = raise(&mut row, function, chosen[0] as usize);
+                // NaN among the logits, or infinities that make one, show in the sum of the powers.
+                let with_nan = match function {
+                    ScoreFunction::Softmax => scale.is_nan(),
+                    ScoreFunction::Identity => has_nan(&row),
+                };
+                if with_nan {
+                    widen_into(logits, padding, &mut row);
+                    chosen = top.find_with_nan(&row.as_flattened()[..experts]);
+                    scale = raise(&mut row, function, chosen[0] as usize);
+                }
                 for (sum, &power) in sums.as_flattened_mut().iter_mut().zip(row.as_flattened()) {
                     *sum += power * scale;
                 }
@@ -120,13 +130,14 @@ impl<T: Scalar> Body for Worker<'_, T> {
     }
 }
 
-/// Turns logits into multiples of their scores, in place, and returns the factor that makes scores of them. `largest`
-/// is the largest logit.
+/// Turns logits into multiples of their scores, in place, and returns the factor that makes scores of them. Without
+/// softmax that is 1. `largest` is the place of the largest logit.
 #[inline(always)]
-pub(crate) fn raise<A: Exponential>(row: &mut [Block<A>], function: ScoreFunction, largest: A) -> A {
+pub(crate) fn raise<A: Exponential>(row: &mut [Block<A>], function: ScoreFunction, largest: usize) -> A {
     if function == ScoreFunction::Identity {
         return A::one();
     }
+    let largest = row.as_flattened()[largest];
     let mut sums = [A::zero(); LANES];
     for block in row {
         let mut powers = *block;
@@ -138,6 +149,12 @@ pub(crate) fn raise<A: Exponential>(row: &mut [Block<A>], function: ScoreFunctio
     }
     // The sum is at least 1, that of the largest logit.
     A::one() / fold(sums)
+}
+
+#[inline(always)]
+fn has_nan<A: Real>(row: &[Block<A>]) -> bool {
+    // A count, not a search, which would branch at every value.
+    row.as_flattened().iter().map(|value| u32::from(value.is_nan())).sum::<u32>() > 0
 }
 
 /// What the chosen scores are divided by: their sum, at least the logits' epsilon.

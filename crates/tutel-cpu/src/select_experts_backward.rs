@@ -4,7 +4,7 @@ use std::mem::MaybeUninit;
 use num_traits::{Float, Zero};
 use tutel_core::{Error, RoutingShape, ScoreFunction, check_len};
 
-use crate::arch::{Body, Level, run_at};
+use crate::arch::{Body, Features, Level, run_at};
 use crate::disjoint::Chunks;
 use crate::lanes::{blocks_of, dot, narrow_into, widen_into};
 use crate::parallel::{Tasks, each_task, items_per_task};
@@ -110,7 +110,7 @@ struct Worker<'a, T: Scalar> {
 
 impl<T: Scalar> Body for Worker<'_, T> {
     #[inline(always)]
-    fn run(self) {
+    fn run<F: Features>(self, _: F) {
         let Self { input, shape: RoutingShape { experts, top_k, .. }, block, output, claimed } = self;
         let mut row = blocks_of(experts);
         // What reaches every token's scores; each token adds its own part and takes it away again.
@@ -123,8 +123,7 @@ impl<T: Scalar> Body for Worker<'_, T> {
             for (token, output) in (task * block..).zip(output.take(task).chunks_exact_mut(experts)) {
                 let ids = &input.ids[token * top_k..(token + 1) * top_k];
                 widen_into(&input.logits[token * experts..][..experts], T::Accumulator::neg_infinity(), &mut row);
-                let largest = row.as_flattened()[ids[0] as usize];
-                let scale = raise(&mut row, input.function, largest);
+                let scale = raise(&mut row, input.function, ids[0] as usize);
                 input.add_weight_grad(token, ids, (row.as_flattened(), scale), grad.as_flattened_mut());
                 if input.function == ScoreFunction::Softmax {
                     let mean = dot(&row, &grad) * scale;

@@ -9,14 +9,16 @@
 //! All of it is loops without branches but for the walk over the candidates.
 use tutel_core::Real;
 
-use crate::lanes::{Block, LANES, fold};
+use crate::arch::Features;
+use crate::lanes::{Block, LANES};
 
 /// Candidates that are ranked against one another; rows with more (of equal keys) are searched by insertion.
 const MOST: usize = 64;
 
 /// Finds the K largest keys and keeps where they stand.
 pub(crate) struct TopK<A> {
-    /// In descending order of the keys; equal keys in ascending order.
+    top_k: usize,
+    /// In descending order of the keys, equal ones in ascending order; K, and perhaps others behind.
     ids: Vec<u32>,
     /// The keys of `ids`, while they are found by insertion.
     keys: Vec<A>,
@@ -24,66 +26,56 @@ pub(crate) struct TopK<A> {
 
 impl<A: Real> TopK<A> {
     pub(crate) fn new(top_k: usize) -> Self {
-        Self { ids: vec![0; top_k], keys: vec![A::zero(); top_k] }
+        Self { top_k, ids: vec![0; top_k.max(MOST)], keys: vec![A::zero(); top_k] }
     }
 
-    /// Where the K largest keys of the row stand. NaN counts as the largest. The row is padded to whole blocks by
-    /// negative infinity and has at least K keys besides.
+    /// Where the K largest keys of the row stand. The row is padded to whole blocks by negative infinity and has at
+    /// least K keys besides. Where a key is NaN, the places mean nothing: see [`Self::find_with_nan`].
     #[inline(always)]
-    pub(crate) fn find(&mut self, row: &[Block<A>]) -> &[u32] {
-        let found = match self.ids.len() {
-            ..=8 => self.by_rank::<1>(row),
-            ..=16 => self.by_rank::<2>(row),
-            ..=32 => self.by_rank::<4>(row),
+    pub(crate) fn find<F: Features>(&mut self, features: F, row: &[Block<A>]) -> &[u32] {
+        let found = match (row, self.top_k) {
+            ([block], _) => {
+                place_by_rank(features, std::slice::from_ref(block), LANES, None, &mut self.ids);
+                true
+            }
+            (_, ..=8) => self.by_threshold::<F, 1>(features, row),
+            (_, ..=16) => self.by_threshold::<F, 2>(features, row),
+            (_, ..=32) => self.by_threshold::<F, 4>(features, row),
             _ => false,
         };
-        if !found {
-            self.by_insertion(row.as_flattened());
-        }
-        &self.ids
+        if found { &self.ids[..self.top_k] } else { self.find_with_nan(row.as_flattened()) }
     }
 
-    /// Deals the keys to `GROUPS` blocks of lanes, about twice as many lanes as K. False where ranks do not tell.
+    /// Deals the keys to `GROUPS` blocks of lanes, about twice as many lanes as K. False where too many keys are equal.
     #[inline(always)]
-    fn by_rank<const GROUPS: usize>(&mut self, row: &[Block<A>]) -> bool {
+    fn by_threshold<F: Features, const GROUPS: usize>(&mut self, features: F, row: &[Block<A>]) -> bool {
         let mut maxima = [[A::neg_infinity(); LANES]; GROUPS];
-        let mut sums = [A::zero(); LANES];
         let (chunks, rest) = row.as_chunks::<GROUPS>();
         for blocks in chunks {
             for group in 0..GROUPS {
-                for lane in 0..LANES {
-                    let key = blocks[group][lane];
-                    maxima[group][lane] = if key > maxima[group][lane] { key } else { maxima[group][lane] };
-                    sums[lane] += key;
-                }
+                maxima[group] = largest(maxima[group], blocks[group]);
             }
         }
-        for (maxima, block) in maxima.iter_mut().zip(rest) {
-            for lane in 0..LANES {
-                maxima[lane] = if block[lane] > maxima[lane] { block[lane] } else { maxima[lane] };
-                sums[lane] += block[lane];
-            }
+        for (maxima, &block) in maxima.iter_mut().zip(rest) {
+            *maxima = largest(*maxima, block);
         }
-        // NaN, or infinities of both signs.
-        if fold(sums).is_nan() {
-            return false;
-        }
-        let threshold = largest_but::<A, GROUPS>(&maxima, self.ids.len() as u32 - 1);
-        let mut candidates = Candidates::new();
-        if !candidates.collect(row, threshold) {
-            return false;
-        }
+        let mut ranked = [0; MOST];
+        place_by_rank(features, &maxima, GROUPS * LANES, None, &mut ranked);
+        let threshold = maxima.as_flattened()[ranked[self.top_k - 1] as usize];
+        let Some(candidates) = Candidates::collect(features, row, threshold) else { return false };
+        let (keys, ids) = (&candidates.keys, Some(&candidates.ids[..]));
         match candidates.len {
-            ..=16 => candidates.first_by_rank::<1>(&mut self.ids),
-            ..=32 => candidates.first_by_rank::<2>(&mut self.ids),
-            _ => candidates.first_by_rank::<4>(&mut self.ids),
+            len @ ..=16 => place_by_rank(features, &keys[..1], len, ids, &mut self.ids),
+            len @ ..=32 => place_by_rank(features, &keys[..2], len, ids, &mut self.ids),
+            len => place_by_rank(features, &keys[..MOST / LANES], len, ids, &mut self.ids),
         }
         true
     }
 
+    /// Where the K largest keys stand. NaN counts as the largest.
     #[inline(never)]
-    fn by_insertion(&mut self, row: &[A]) {
-        let top_k = self.ids.len();
+    pub(crate) fn find_with_nan(&mut self, row: &[A]) -> &[u32] {
+        let top_k = self.top_k;
         for (id, &key) in row.iter().enumerate() {
             let filled = id.min(top_k);
             if filled < top_k {
@@ -92,6 +84,7 @@ impl<A: Real> TopK<A> {
                 self.insert(top_k - 1, key, id as u32);
             }
         }
+        &self.ids[..top_k]
     }
 
     /// Puts a key in its place among the first `filled` keys; behind equal ones, which came with lower ids.
@@ -111,118 +104,51 @@ fn exceeds<A: Real>(a: A, b: A) -> bool {
     a > b || (a.is_nan() && !b.is_nan())
 }
 
-/// The K-th largest of the values, where `larger` is K - 1.
+/// The larger key of each lane.
 #[inline(always)]
-fn largest_but<A: Real, const GROUPS: usize>(values: &[Block<A>; GROUPS], larger: u32) -> A {
-    let mut least = [A::infinity(); LANES];
-    for &block in values {
-        let mut counts = [0u32; LANES];
-        for &pivot in values.as_flattened() {
-            for lane in 0..LANES {
-                counts[lane] += u32::from(pivot > block[lane]);
-            }
-        }
-        for lane in 0..LANES {
-            let value = if counts[lane] <= larger { block[lane] } else { A::infinity() };
-            least[lane] = if value < least[lane] { value } else { least[lane] };
-        }
+fn largest<A: Real>(left: Block<A>, right: Block<A>) -> Block<A> {
+    let mut larger = left;
+    for lane in 0..LANES {
+        larger[lane] = if right[lane] > left[lane] { right[lane] } else { left[lane] };
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            let other = least[lane + width];
-            least[lane] = if other < least[lane] { other } else { least[lane] };
-        }
-        width /= 2;
+    larger
+}
+
+/// Writes the first `len` keys' ids in descending order of the keys; a key's id is its place if there are no others.
+#[inline(always)]
+fn place_by_rank<A: Real, F: Features>(
+    features: F,
+    keys: &[Block<A>],
+    len: usize,
+    ids: Option<&[u32]>,
+    ranked: &mut [u32],
+) {
+    let ranked = &mut ranked[..MOST];
+    for place in 0..len {
+        ranked[features.rank(keys, place) % MOST] = ids.map_or(place as u32, |ids| ids[place]);
     }
-    least[0]
 }
 
 /// Keys that may be among the K largest, in the row's order; behind them negative infinities.
 struct Candidates<A> {
-    keys: [Block<A>; MOST / LANES],
-    ids: [u32; MOST],
+    keys: [Block<A>; MOST / LANES + 1],
+    ids: [u32; MOST + LANES],
     len: usize,
 }
 
 impl<A: Real> Candidates<A> {
+    /// Keys of at least the threshold; `None` where there are too many.
     #[inline(always)]
-    fn new() -> Self {
-        Self { keys: [[A::neg_infinity(); LANES]; MOST / LANES], ids: [0; MOST], len: 0 }
-    }
-
-    /// Keys of at least the threshold; false where there are too many.
-    #[inline(always)]
-    fn collect(&mut self, row: &[Block<A>], threshold: A) -> bool {
-        const WORD: usize = 64 / LANES;
-        let (words, rest) = row.as_chunks::<WORD>();
-        let mut first = 0;
-        for blocks in words {
-            if !self.add(blocks, first, threshold) {
-                return false;
-            }
-            first += WORD * LANES;
-        }
-        if rest.is_empty() {
-            return true;
-        }
-        let mut padded = [[A::neg_infinity(); LANES]; WORD];
-        padded[..rest.len()].copy_from_slice(rest);
-        self.add(&padded, first, threshold)
-    }
-
-    #[inline(always)]
-    fn add(&mut self, blocks: &[Block<A>; 64 / LANES], first: usize, threshold: A) -> bool {
-        let bits = |block: usize| at_least(&blocks[block], threshold) << (block * LANES);
-        let mut word = bits(0) | bits(1) | bits(2) | bits(3);
-        if self.len + word.count_ones() as usize > MOST {
-            return false;
-        }
-        while word != 0 {
-            let lane = word.trailing_zeros() as usize;
-            word &= word - 1;
-            self.keys.as_flattened_mut()[self.len % MOST] = blocks.as_flattened()[lane];
-            self.ids[self.len % MOST] = (first + lane) as u32;
-            self.len += 1;
-        }
-        true
-    }
-
-    /// The ids of the largest keys; `BLOCKS` blocks, a power of two, hold all candidates.
-    #[inline(always)]
-    fn first_by_rank<const BLOCKS: usize>(&self, ids: &mut [u32]) {
-        let keys = &self.keys[..BLOCKS];
-        let mut ranked = [0u32; MOST];
-        for (index, &block) in keys.iter().enumerate() {
-            let mut places = [0u32; LANES];
-            for lane in 0..LANES {
-                places[lane] = (index * LANES + lane) as u32;
-            }
-            let mut ranks = [0u32; LANES];
-            for (before, &pivot) in keys.as_flattened().iter().enumerate() {
-                for lane in 0..LANES {
-                    let goes_first = (pivot > block[lane]) | ((pivot == block[lane]) & ((before as u32) < places[lane]));
-                    ranks[lane] += u32::from(goes_first);
-                }
-            }
-            for lane in 0..LANES {
-                ranked[ranks[lane] as usize % MOST] = self.ids[index * LANES + lane];
+    fn collect<F: Features>(features: F, row: &[Block<A>], threshold: A) -> Option<Self> {
+        let mut found = Self { keys: [[A::neg_infinity(); LANES]; MOST / LANES + 1], ids: [0; MOST + LANES], len: 0 };
+        for (index, block) in row.iter().enumerate() {
+            let lists = (found.keys.as_flattened_mut(), &mut found.ids[..]);
+            found.len = features.append_at_least((block, (index * LANES) as u32), threshold, lists, found.len);
+            if found.len > MOST {
+                return None;
             }
         }
-        ids.copy_from_slice(&ranked[..ids.len()]);
+        found.keys.as_flattened_mut()[found.len..][..LANES].fill(A::neg_infinity());
+        Some(found)
     }
-}
-
-/// Bit i is set where lane i is at least the threshold.
-#[inline(always)]
-fn at_least<A: Real>(block: &Block<A>, threshold: A) -> u64 {
-    // The product of eight bytes of 0 or 1 collects them as the bits of its highest byte.
-    const COLLECT: u64 = 0x0102_0408_1020_4080;
-    let block = *block;
-    let mut bytes = [0u8; LANES];
-    for lane in 0..LANES {
-        bytes[lane] = u8::from(block[lane] >= threshold);
-    }
-    let collected = |half: usize| u64::from_le_bytes(bytes.as_chunks::<8>().0[half]).wrapping_mul(COLLECT) >> 56;
-    collected(0) | collected(1) << 8
 }

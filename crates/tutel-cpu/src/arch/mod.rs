@@ -8,11 +8,13 @@
 mod compiled;
 mod kernel;
 mod level;
+mod memory;
 mod portable;
 mod product;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
-pub(crate) use compiled::{Body, end_streaming, prefetch, run_at, stream};
+pub(crate) use compiled::{Body, Features, run_at};
 pub use level::{Level, UnknownLevel};
+pub(crate) use memory::{end_streaming, prefetch, stream};
 pub(crate) use product::Scratch;
