@@ -54,7 +54,11 @@ fn in_order_of_tokens<T>(row_choice: &[i64], shape: RowShape) -> Option<Vec<u32>
     const CACHE: usize = 1 << 20;
     const LEAST_ROW: usize = 512;
     let row_bytes = shape.width * size_of::<T>();
-    if shape.top_k < 2 || row_bytes < LEAST_ROW || shape.tokens * row_bytes < CACHE || u32::try_from(shape.rows).is_err() {
+    if shape.top_k < 2
+        || row_bytes < LEAST_ROW
+        || shape.tokens * row_bytes < CACHE
+        || u32::try_from(shape.rows).is_err()
+    {
         return None;
     }
     // A counting sort; empty rows come last.

@@ -100,7 +100,9 @@ impl<T: Scalar> Body for Worker<'_, T> {
             let sums = self.work.sums.take(task);
             let top_scores = self.work.top_scores.take(task);
             let logits = self.work.logits[task * block * experts..].chunks_exact(experts);
-            for (((top_score, logits), ids), weights) in top_scores.iter_mut().zip(logits).zip(&mut ids).zip(&mut weights) {
+            for (((top_score, logits), ids), weights) in
+                top_scores.iter_mut().zip(logits).zip(&mut ids).zip(&mut weights)
+            {
                 let padding = T::Accumulator::neg_infinity();
                 widen_into(logits, padding, &mut row);
                 let mut chosen = top.find(features, &row);

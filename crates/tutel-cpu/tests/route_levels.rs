@@ -109,7 +109,8 @@ fn check_route<T: Scalar>(highest: Level, shape: RoutingShape, kind: Kind, funct
 
 fn check_moves<T: Scalar>(highest: Level, tokens: usize, top_k: usize, width: usize) {
     let routing = RoutingShape::new(tokens, top_k, top_k).unwrap();
-    let ids: Vec<i32> = (0..routing.choices()).map(|place| ((place * 7 + place / 5) % (top_k + 1)) as i32 - 1).collect();
+    let ids: Vec<i32> =
+        (0..routing.choices()).map(|place| ((place * 7 + place / 5) % (top_k + 1)) as i32 - 1).collect();
     let plan = reference::assign_rows(&ids, None, routing, Some(tokens / 2 + 1)).unwrap();
     let shape = RowShape::new(tokens, routing.choices(), width, top_k).unwrap();
     let mut values = Values(3);
@@ -145,7 +146,18 @@ fn check_moves<T: Scalar>(highest: Level, tokens: usize, top_k: usize, width: us
 fn every_level_computes_the_same_bits() {
     let highest = Level::current();
     println!("this processor ends at {}", highest.name());
-    let sizes = [(1, 1, 1), (3, 2, 1), (5, 16, 16), (70, 17, 2), (300, 64, 8), (33, 100, 33), (9, 4096, 32), (40, 257, 16), (3, 60, 60), (0, 8, 2)];
+    let sizes = [
+        (1, 1, 1),
+        (3, 2, 1),
+        (5, 16, 16),
+        (70, 17, 2),
+        (300, 64, 8),
+        (33, 100, 33),
+        (9, 4096, 32),
+        (40, 257, 16),
+        (3, 60, 60),
+        (0, 8, 2),
+    ];
     for (tokens, experts, top_k) in sizes {
         let shape = RoutingShape::new(tokens, experts, top_k).unwrap();
         for kind in [Kind::Plain, Kind::Ties, Kind::Flat, Kind::Special, Kind::Masked] {
@@ -153,7 +165,9 @@ fn every_level_computes_the_same_bits() {
             every_type!(check_route(highest, shape, kind, ScoreFunction::Identity));
         }
     }
-    for (tokens, top_k, width) in [(0, 2, 8), (1, 1, 1), (7, 3, 65), (130, 2, 333), (40, 32, 64), (5, 2, 0), (300, 4, 1040)] {
+    for (tokens, top_k, width) in
+        [(0, 2, 8), (1, 1, 1), (7, 3, 65), (130, 2, 333), (40, 32, 64), (5, 2, 0), (300, 4, 1040)]
+    {
         every_type!(check_moves(highest, tokens, top_k, width));
     }
 }
