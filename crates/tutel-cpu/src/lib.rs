@@ -7,6 +7,10 @@
 //!
 //! `unsafe` stands in [`disjoint`] (writes from several threads) and in `arch` (calls below Rust's checks) only.
 #![deny(unsafe_code)]
+#![expect(
+    clippy::inline_always,
+    reason = "a function that is not inlined is compiled without the processor's features"
+)]
 
 mod arch;
 mod assign_rows;

@@ -17,7 +17,7 @@ const MOST: usize = 64;
 
 /// Finds the K largest keys and keeps where they stand.
 pub(crate) struct TopK<A> {
-    top_k: usize,
+    count: usize,
     /// In descending order of the keys, equal ones in ascending order; K, and perhaps others behind.
     ids: Vec<u32>,
     /// The keys of `ids`, while they are found by insertion.
@@ -26,14 +26,14 @@ pub(crate) struct TopK<A> {
 
 impl<A: Real> TopK<A> {
     pub(crate) fn new(top_k: usize) -> Self {
-        Self { top_k, ids: vec![0; top_k.max(MOST)], keys: vec![A::zero(); top_k] }
+        Self { count: top_k, ids: vec![0; top_k.max(MOST)], keys: vec![A::zero(); top_k] }
     }
 
     /// Where the K largest keys of the row stand. The row is padded to whole blocks by negative infinity and has at
     /// least K keys besides. Where a key is NaN, the places mean nothing: see [`Self::find_with_nan`].
     #[inline(always)]
     pub(crate) fn find<F: Features>(&mut self, features: F, row: &[Block<A>]) -> &[u32] {
-        let found = match (row, self.top_k) {
+        let found = match (row, self.count) {
             ([block], _) => {
                 place_by_rank(features, std::slice::from_ref(block), LANES, None, &mut self.ids);
                 true
@@ -43,7 +43,7 @@ impl<A: Real> TopK<A> {
             (_, ..=32) => self.by_threshold::<F, 4>(features, row),
             _ => false,
         };
-        if found { &self.ids[..self.top_k] } else { self.find_with_nan(row.as_flattened()) }
+        if found { &self.ids[..self.count] } else { self.find_with_nan(row.as_flattened()) }
     }
 
     /// Deals the keys to `GROUPS` blocks of lanes, about twice as many lanes as K. False where too many keys are equal.
@@ -61,7 +61,7 @@ impl<A: Real> TopK<A> {
         }
         let mut ranked = [0; MOST];
         place_by_rank(features, &maxima, GROUPS * LANES, None, &mut ranked);
-        let threshold = maxima.as_flattened()[ranked[self.top_k - 1] as usize];
+        let threshold = maxima.as_flattened()[ranked[self.count - 1] as usize];
         let Some(candidates) = Candidates::collect(features, row, threshold) else { return false };
         let (keys, ids) = (&candidates.keys, Some(&candidates.ids[..]));
         match candidates.len {
@@ -75,7 +75,7 @@ impl<A: Real> TopK<A> {
     /// Where the K largest keys stand. NaN counts as the largest.
     #[inline(never)]
     pub(crate) fn find_with_nan(&mut self, row: &[A]) -> &[u32] {
-        let top_k = self.top_k;
+        let top_k = self.count;
         for (id, &key) in row.iter().enumerate() {
             let filled = id.min(top_k);
             if filled < top_k {
