@@ -1,7 +1,7 @@
 //! The functions between an expert's two products.
 use tutel_core::Real;
 
-use crate::Exponential;
+use crate::Normal;
 
 /// What an expert applies to its hidden units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -43,7 +43,7 @@ impl Activation {
 
     /// Replaces each value by the function of it.
     #[inline(always)]
-    pub fn apply<A: Exponential>(self, values: &mut [A]) {
+    pub fn apply<A: Normal>(self, values: &mut [A]) {
         match self {
             // Not `max`, which would hide a NaN.
             Self::Relu => replace(values, |x| if x <= A::zero() { A::zero() } else { x }),
@@ -58,7 +58,7 @@ impl Activation {
 
     /// Replaces each value by the function's derivative there.
     #[inline(always)]
-    pub fn derive<A: Exponential>(self, values: &mut [A]) {
+    pub fn derive<A: Normal>(self, values: &mut [A]) {
         let one = A::one();
         match self {
             Self::Relu => replace(values, |x| if x <= A::zero() { A::zero() } else { one }),
@@ -109,7 +109,7 @@ fn tanh_argument<A: Real>(x: A) -> A {
 
 /// 1 / (1 + exp(-x)), by the exponential of -|x|, which cannot overflow.
 #[inline(always)]
-fn sigmoid<A: Exponential>(x: A) -> A {
+fn sigmoid<A: Normal>(x: A) -> A {
     let power = (-x.abs()).exp_of_nonpositive();
     let numerator = if x < A::zero() { power } else { A::one() };
     numerator / (A::one() + power)
@@ -119,13 +119,13 @@ fn sigmoid<A: Exponential>(x: A) -> A {
 mod tests {
     use super::*;
 
-    fn value<A: Exponential>(activation: Activation, x: A) -> A {
+    fn value<A: Normal>(activation: Activation, x: A) -> A {
         let mut values = [x];
         activation.apply(&mut values);
         values[0]
     }
 
-    fn slope<A: Exponential>(activation: Activation, x: A) -> A {
+    fn slope<A: Normal>(activation: Activation, x: A) -> A {
         let mut values = [x];
         activation.derive(&mut values);
         values[0]

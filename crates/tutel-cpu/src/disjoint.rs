@@ -5,13 +5,20 @@
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 /// Writes one value everywhere.
 pub(crate) fn fill<T: Copy>(buffer: &mut [MaybeUninit<T>], value: T) -> &mut [T] {
     buffer.fill(MaybeUninit::new(value));
     // SAFETY: every element has just been written.
     unsafe { buffer.assume_init_mut() }
+}
+
+/// Integers that several threads write at places which only the data tells apart.
+pub(crate) fn shared(buffer: &mut [i64]) -> &[AtomicI64] {
+    const { assert!(align_of::<AtomicI64>() == align_of::<i64>()) };
+    // SAFETY: an atomic has the size of its integer, and here its alignment; the buffer is ours alone for as long.
+    unsafe { &*(std::ptr::from_mut(buffer) as *const [AtomicI64]) }
 }
 
 struct Claims(Vec<AtomicBool>);

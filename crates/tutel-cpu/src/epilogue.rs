@@ -53,14 +53,14 @@ pub(crate) struct Derive<'a, T: Operand> {
 #[inline(always)]
 fn write<T: Operand>(output: &mut Output<'_, T>, row: usize, column: usize, sums: &[T::Accumulator]) {
     let mut narrow = [T::default(); MOST];
-    narrow.iter_mut().zip(sums).for_each(|(narrow, &sum)| *narrow = T::narrow(sum));
+    narrow.iter_mut().zip(sums).for_each(|(narrow, &sum)| *narrow = T::from_wide(sum));
     output.row(row)[column..column + sums.len()].write_copy_of_slice(&narrow[..sums.len()]);
 }
 
 #[inline(always)]
 fn read<T: Operand>(source: &[T]) -> [T::Accumulator; MOST] {
     let mut wide = [T::Accumulator::zero(); MOST];
-    wide.iter_mut().zip(source).for_each(|(wide, source)| *wide = source.widen());
+    wide.iter_mut().zip(source).for_each(|(wide, source)| *wide = source.to_wide());
     wide
 }
 
@@ -68,7 +68,7 @@ fn read<T: Operand>(source: &[T]) -> [T::Accumulator; MOST] {
 fn add<T: Operand>(sums: &mut [T::Accumulator], bias: Option<&[T]>, column: usize) {
     if let Some(bias) = bias {
         let bias = &bias[column..column + sums.len()];
-        sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias.widen());
+        sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias.to_wide());
     }
 }
 

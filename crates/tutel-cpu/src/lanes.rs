@@ -1,9 +1,22 @@
-//! Sums in a fixed order that vectorises: one partial sum a lane, lanes added pairwise at the end.
+//! Rows in blocks of lanes, which loops turn into registers, and sums in a fixed order: one partial sum a lane, lanes
+//! added pairwise at the end.
+//!
+//! What compiles well: sums over blocks; all else over flat slices. A loop over blocks without a sum is vectorised
+//! across the blocks, by gathering.
+use std::mem::MaybeUninit;
+
 use tutel_core::Real;
 
-const LANES: usize = 16;
+use crate::convert::Convert;
 
-fn fold<A: Real>(mut lanes: [A; LANES]) -> A {
+pub(crate) const LANES: usize = 16;
+
+/// One value a lane.
+pub(crate) type Block<A> = [A; LANES];
+
+/// The lanes' sum.
+#[inline(always)]
+pub(crate) fn fold<A: Real>(mut lanes: Block<A>) -> A {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -14,31 +27,36 @@ fn fold<A: Real>(mut lanes: [A; LANES]) -> A {
     lanes[0]
 }
 
-/// The sum of a slice.
-pub(crate) fn sum<A: Real>(values: &[A]) -> A {
-    let mut lanes = [A::zero(); LANES];
-    let chunks = values.chunks_exact(LANES);
-    for (lane, &value) in lanes.iter_mut().zip(chunks.remainder()) {
-        *lane += value;
-    }
-    for chunk in chunks {
-        for lane in 0..LANES {
-            lanes[lane] += chunk[lane];
-        }
-    }
-    fold(lanes)
+/// Blocks that hold so many values.
+pub(crate) fn blocks_of<A: Real>(values: usize) -> Vec<Block<A>> {
+    vec![[A::zero(); LANES]; values.div_ceil(LANES)]
 }
 
-/// The inner product of two slices of one length.
-pub(crate) fn dot<A: Real>(left: &[A], right: &[A]) -> A {
-    let mut lanes = [A::zero(); LANES];
-    let (left, right) = (left.chunks_exact(LANES), right.chunks_exact(LANES));
-    for (lane, (&l, &r)) in lanes.iter_mut().zip(left.remainder().iter().zip(right.remainder())) {
-        *lane += l * r;
+/// Widens a row into blocks; lanes behind its end get the padding.
+#[inline(always)]
+pub(crate) fn widen_into<T: Convert>(row: &[T], padding: T::Accumulator, blocks: &mut [Block<T::Accumulator>]) {
+    let (values, rest) = blocks.as_flattened_mut().split_at_mut(row.len());
+    for (wide, value) in values.iter_mut().zip(row) {
+        *wide = value.to_wide();
     }
-    for (l, r) in left.zip(right) {
+    rest.fill(padding);
+}
+
+/// Narrows as many values as the row has.
+#[inline(always)]
+pub(crate) fn narrow_into<T: Convert>(blocks: &[Block<T::Accumulator>], row: &mut [MaybeUninit<T>]) {
+    for (value, &wide) in row.iter_mut().zip(blocks.as_flattened()) {
+        value.write(T::from_wide(wide));
+    }
+}
+
+/// The inner product of two rows of blocks.
+#[inline(always)]
+pub(crate) fn dot<A: Real>(left: &[Block<A>], right: &[Block<A>]) -> A {
+    let mut lanes = [A::zero(); LANES];
+    for (left, right) in left.iter().zip(right) {
         for lane in 0..LANES {
-            lanes[lane] += l[lane] * r[lane];
+            lanes[lane] += left[lane] * right[lane];
         }
     }
     fold(lanes)

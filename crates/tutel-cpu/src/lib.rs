@@ -8,11 +8,16 @@
 //! `unsafe` stands in [`disjoint`] (writes from several threads), [`owned`] (outputs that become vectors) and `arch`
 //! (calls below Rust's checks) only.
 #![deny(unsafe_code)]
+#![expect(
+    clippy::inline_always,
+    reason = "a function that is not inlined is compiled without the processor's features"
+)]
 
 mod activation;
 mod arch;
 mod assign_rows;
 mod combine;
+mod convert;
 mod cut;
 #[expect(unsafe_code, reason = "the one place where tasks on several threads share an output")]
 pub mod disjoint;
@@ -23,6 +28,7 @@ mod grouped_gemm;
 mod grouped_sum;
 mod hidden;
 mod lanes;
+mod normal;
 mod operand;
 #[expect(unsafe_code, reason = "the one place where what a kernel has written becomes a vector")]
 pub mod owned;
@@ -32,6 +38,7 @@ mod prefix_count;
 mod rows;
 mod select_experts;
 mod select_experts_backward;
+mod top_k;
 
 pub use activation::Activation;
 pub use arch::{Level, UnknownLevel};
@@ -42,6 +49,7 @@ pub use exponential::Exponential;
 pub use grouped_gemm::{GroupedGemm, grouped_gemm, grouped_gemm_weight_grad};
 pub use grouped_sum::grouped_sum;
 pub use hidden::{Hidden, HiddenGrad, HiddenGradOutput, HiddenOutput, hidden, hidden_grad};
+pub use normal::Normal;
 pub use padded_rows::padded_rows;
 pub use parallel::{Parallel, ScopedThreads, Serial};
 pub use prefix_count::{Along, prefix_count};

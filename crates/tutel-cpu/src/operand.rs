@@ -4,8 +4,9 @@ use std::ops::Range;
 use tutel_core::Element;
 
 use crate::arch::{Level, Scratch};
+use crate::convert::Convert;
 use crate::epilogue::Epilogue;
-use crate::exponential::Exponential;
+use crate::normal::Normal;
 
 /// A block of a row-major matrix, or of some of its rows in any order.
 #[derive(Debug, Clone, Copy)]
@@ -102,7 +103,7 @@ pub(crate) struct Term<'a, T> {
 }
 
 /// An element type that matrix products take.
-pub(crate) trait Operand: Element<Accumulator: Exponential> {
+pub(crate) trait Operand: Element<Accumulator: Normal + Convert> + Convert {
     /// Gives the epilogue the sum of the terms, which have one shape; `next` is the right factor of the product after this
     /// one, to have it read meanwhile.
     fn multiply(

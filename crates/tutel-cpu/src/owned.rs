@@ -124,6 +124,7 @@ pub fn assign_rows<A: Real>(
     priority: Option<&[A]>,
     shape: RoutingShape,
     capacity: Option<usize>,
+    parallel: &dyn Parallel,
 ) -> Result<RoutePlan, Error> {
     let shape = checked(shape)?;
     let (choices, experts) = ([shape.tokens, shape.top_k], [shape.experts]);
@@ -138,7 +139,7 @@ pub fn assign_rows<A: Real>(
         row_index: &mut row_index,
         row_choice: &mut row_choice,
     };
-    crate::assign_rows(ids, priority, shape, capacity, output)?;
+    crate::assign_rows(ids, priority, shape, capacity, output, &Checked(parallel))?;
     Ok(RoutePlan {
         slots: written(slots),
         tokens_per_expert: written(tokens_per_expert),
@@ -282,7 +283,7 @@ mod tests {
     #[test]
     fn a_shape_without_choices_is_refused() {
         let shape = RoutingShape { tokens: 2, experts: 3, top_k: 0 };
-        assert_eq!(assign_rows::<f32>(&[], None, shape, None).unwrap_err(), Error::TopK { top_k: 0, experts: 3 });
+        assert_eq!(assign_rows::<f32>(&[], None, shape, None, &Serial).unwrap_err(), Error::TopK { top_k: 0, experts: 3 });
     }
 
     #[test]

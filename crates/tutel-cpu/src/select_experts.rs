@@ -1,13 +1,16 @@
 //! Scores and top-k in one pass over the logits: nothing of size [T, E] is kept.
 use std::mem::MaybeUninit;
 
-use num_traits::{Float, One, Zero};
+use num_traits::{Float, One};
 use tutel_core::{Element, Error, Real, RoutingShape, ScoreFunction, check_len};
 
+use crate::arch::{Body, Features, Level, run_at};
 use crate::disjoint::Chunks;
 use crate::exponential::Exponential;
-use crate::parallel::{each_task, items_per_task};
-use crate::{Parallel, Scalar, lanes};
+use crate::lanes::{Block, LANES, blocks_of, fold, widen_into};
+use crate::parallel::{Tasks, each_task, items_per_task};
+use crate::top_k::TopK;
+use crate::{Parallel, Scalar};
 
 /// Outputs of [`select_experts`].
 pub struct SelectOutput<'a, A> {
@@ -44,64 +47,120 @@ pub fn select_experts<T: Scalar>(
 
     let block = items_per_task(experts).max(LEAST_TOKENS);
     let tasks = tokens.div_ceil(block);
-    let ids = Chunks::new(output.ids, block * top_k, tasks);
-    let weights = Chunks::new(output.weights, block * top_k, tasks);
-    let top_scores = Chunks::new(output.top_scores, block, tasks);
-    let mut partial_sums = vec![T::Accumulator::zero(); tasks * experts];
-    let sums = Chunks::new(&mut partial_sums, experts, tasks);
-    let normalize = normalize && top_k > 1;
-    each_task(parallel, tasks, &|claimed| {
-        let mut scores = vec![T::Accumulator::zero(); experts];
-        let mut best = TopK::new(top_k);
-        for task in claimed {
-            let mut ids = ids.take(task).chunks_exact_mut(top_k);
-            let mut weights = weights.take(task).chunks_exact_mut(top_k);
-            let sums = sums.take(task);
-            for (top_score, row) in
-                top_scores.take(task).iter_mut().zip(logits[task * block * experts..].chunks_exact(experts))
-            {
-                T::widen_slice(row, &mut scores);
-                best.find(&scores);
-                score(&mut scores, function, best.keys[0]);
-                for (sum, &score) in sums.iter_mut().zip(&scores) {
-                    *sum += score;
-                }
-                top_score.write(scores[best.ids[0]]);
-                let divisor = divisor::<T>(best.ids.iter().map(|&id| scores[id]), normalize);
-                for (slot, &id) in ids.next().into_iter().flatten().zip(&best.ids) {
-                    slot.write(id as i32);
-                }
-                for (slot, &id) in weights.next().into_iter().flatten().zip(&best.ids) {
-                    slot.write(scores[id] / divisor);
-                }
-            }
-        }
-    });
-    let mut totals = vec![T::Accumulator::zero(); experts];
-    for sums in partial_sums.chunks_exact(experts) {
-        totals.iter_mut().zip(sums).for_each(|(total, &sum)| *total += sum);
+    let blocks = experts.div_ceil(LANES);
+    let mut partial_sums = blocks_of(tasks * blocks * LANES);
+    let work = Select {
+        logits,
+        shape,
+        function,
+        normalize: normalize && top_k > 1,
+        block,
+        ids: Chunks::new(output.ids, block * top_k, tasks),
+        weights: Chunks::new(output.weights, block * top_k, tasks),
+        top_scores: Chunks::new(output.top_scores, block, tasks),
+        sums: Chunks::new(&mut partial_sums, blocks, tasks),
+    };
+    let level = Level::current();
+    each_task(parallel, tasks, &|claimed| run_at(level, Worker { work: &work, claimed }));
+    let mut totals = blocks_of::<T::Accumulator>(experts);
+    for sums in partial_sums.chunks_exact(blocks) {
+        totals.as_flattened_mut().iter_mut().zip(sums.as_flattened()).for_each(|(total, &sum)| *total += sum);
     }
-    output.score_sums.write_copy_of_slice(&totals);
+    output.score_sums.write_copy_of_slice(&totals.as_flattened()[..experts]);
     Ok(())
 }
 
-/// Turns a row of logits into scores, in place. `largest` is the largest logit.
-pub(crate) fn score<A: Exponential>(row: &mut [A], function: ScoreFunction, largest: A) {
-    match function {
-        ScoreFunction::Identity => {}
-        ScoreFunction::Softmax => {
-            for value in row.iter_mut() {
-                *value = (*value - largest).exp_of_nonpositive();
-            }
-            let sum = lanes::sum(row);
-            for value in row.iter_mut() {
-                *value = *value / sum;
+struct Select<'a, T: Scalar> {
+    logits: &'a [T],
+    shape: RoutingShape,
+    function: ScoreFunction,
+    normalize: bool,
+    /// Tokens a task.
+    block: usize,
+    ids: Chunks<'a, MaybeUninit<i32>>,
+    weights: Chunks<'a, MaybeUninit<T::Accumulator>>,
+    top_scores: Chunks<'a, MaybeUninit<T::Accumulator>>,
+    sums: Chunks<'a, Block<T::Accumulator>>,
+}
+
+struct Worker<'a, T: Scalar> {
+    work: &'a Select<'a, T>,
+    claimed: Tasks<'a>,
+}
+
+impl<T: Scalar> Body for Worker<'_, T> {
+    #[inline(always)]
+    fn run<F: Features>(self, features: F) {
+        let Select { shape: RoutingShape { experts, top_k, .. }, function, normalize, block, .. } = *self.work;
+        let mut row = blocks_of(experts);
+        let mut top = TopK::new(top_k);
+        for task in self.claimed {
+            let mut ids = self.work.ids.take(task).chunks_exact_mut(top_k);
+            let mut weights = self.work.weights.take(task).chunks_exact_mut(top_k);
+            let sums = self.work.sums.take(task);
+            let top_scores = self.work.top_scores.take(task);
+            let logits = self.work.logits[task * block * experts..].chunks_exact(experts);
+            for (((top_score, logits), ids), weights) in
+                top_scores.iter_mut().zip(logits).zip(&mut ids).zip(&mut weights)
+            {
+                let padding = T::Accumulator::neg_infinity();
+                widen_into(logits, padding, &mut row);
+                let mut chosen = top.find(features, &row);
+                let mut scale = raise(&mut row, function, chosen[0] as usize);
+                // NaN among the logits, or infinities that make one, show in the sum of the powers.
+                let with_nan = match function {
+                    ScoreFunction::Softmax => scale.is_nan(),
+                    ScoreFunction::Identity => has_nan(&row),
+                };
+                if with_nan {
+                    widen_into(logits, padding, &mut row);
+                    chosen = top.find_with_nan(&row.as_flattened()[..experts]);
+                    scale = raise(&mut row, function, chosen[0] as usize);
+                }
+                for (sum, &power) in sums.as_flattened_mut().iter_mut().zip(row.as_flattened()) {
+                    *sum += power * scale;
+                }
+                let score = |&id: &u32| row.as_flattened()[id as usize] * scale;
+                top_score.write(score(&chosen[0]));
+                let divisor = divisor::<T>(chosen.iter().map(score), normalize);
+                for ((id, weight), chosen) in ids.iter_mut().zip(weights).zip(chosen) {
+                    id.write(*chosen as i32);
+                    weight.write(score(chosen) / divisor);
+                }
             }
         }
     }
 }
 
+/// Turns logits into multiples of their scores, in place, and returns the factor that makes scores of them. Without
+/// softmax that is 1. `largest` is the place of the largest logit.
+#[inline(always)]
+pub(crate) fn raise<A: Exponential>(row: &mut [Block<A>], function: ScoreFunction, largest: usize) -> A {
+    if function == ScoreFunction::Identity {
+        return A::one();
+    }
+    let largest = row.as_flattened()[largest];
+    let mut sums = [A::zero(); LANES];
+    for block in row {
+        let mut powers = *block;
+        for lane in 0..LANES {
+            powers[lane] = (powers[lane] - largest).exp_of_nonpositive();
+            sums[lane] += powers[lane];
+        }
+        *block = powers;
+    }
+    // The sum is at least 1, that of the largest logit.
+    A::one() / fold(sums)
+}
+
+#[inline(always)]
+fn has_nan<A: Real>(row: &[Block<A>]) -> bool {
+    // A count, not a search, which would branch at every value.
+    row.as_flattened().iter().map(|value| u32::from(value.is_nan())).sum::<u32>() > 0
+}
+
 /// What the chosen scores are divided by: their sum, at least the logits' epsilon.
+#[inline(always)]
 pub(crate) fn divisor<T: Element>(chosen: impl Iterator<Item = T::Accumulator>, normalize: bool) -> T::Accumulator {
     let least = T::Accumulator::from_f64(T::EPSILON);
     if !normalize {
@@ -110,59 +169,4 @@ pub(crate) fn divisor<T: Element>(chosen: impl Iterator<Item = T::Accumulator>, 
     let sum: T::Accumulator = chosen.sum();
     // Not `max`, which would hide a NaN.
     if sum < least { least } else { sum }
-}
-
-/// The K largest keys of a row and where they stand, in descending order.
-struct TopK<A> {
-    keys: Vec<A>,
-    ids: Vec<usize>,
-}
-
-impl<A: Real> TopK<A> {
-    fn new(top_k: usize) -> Self {
-        Self { keys: vec![A::zero(); top_k], ids: vec![0; top_k] }
-    }
-
-    fn find(&mut self, row: &[A]) {
-        // Keys are compared in blocks against the smallest chosen one; few blocks hold a larger key.
-        const BLOCK: usize = 16;
-        let top_k = self.keys.len();
-        for (id, &key) in row[..top_k].iter().enumerate() {
-            self.insert(id, key, id);
-        }
-        let mut first = top_k;
-        for block in row[top_k..].chunks(BLOCK) {
-            let smallest = self.keys[top_k - 1];
-            // `!(key <= smallest)` also finds NaN; the bitwise or keeps the loop free of branches.
-            #[expect(
-                clippy::needless_bitwise_bool,
-                clippy::neg_cmp_op_on_partial_ord,
-                reason = "a lazy `or` would branch on every key, and NaN must count as larger"
-            )]
-            if block.iter().fold(false, |found, key| found | !(*key <= smallest)) {
-                for (id, &key) in (first..).zip(block) {
-                    if exceeds(key, self.keys[top_k - 1]) {
-                        self.insert(top_k - 1, key, id);
-                    }
-                }
-            }
-            first += block.len();
-        }
-    }
-
-    /// Puts a key in its place among the first `filled` keys; behind equal ones, which came with lower ids.
-    fn insert(&mut self, filled: usize, key: A, id: usize) {
-        let mut place = filled;
-        while place > 0 && exceeds(key, self.keys[place - 1]) {
-            self.keys[place] = self.keys[place - 1];
-            self.ids[place] = self.ids[place - 1];
-            place -= 1;
-        }
-        self.keys[place] = key;
-        self.ids[place] = id;
-    }
-}
-
-fn exceeds<A: Float>(a: A, b: A) -> bool {
-    a > b || (a.is_nan() && !b.is_nan())
 }

@@ -1,13 +1,15 @@
 //! Gradient of scores and top-k: the scores are recomputed from the logits, row by row.
 use std::mem::MaybeUninit;
 
-use num_traits::Zero;
+use num_traits::{Float, Zero};
 use tutel_core::{Error, RoutingShape, ScoreFunction, check_len};
 
+use crate::arch::{Body, Features, Level, run_at};
 use crate::disjoint::Chunks;
-use crate::parallel::{each_task, items_per_task};
-use crate::select_experts::{divisor, score};
-use crate::{Parallel, Scalar, lanes};
+use crate::lanes::{blocks_of, dot, narrow_into, widen_into};
+use crate::parallel::{Tasks, each_task, items_per_task};
+use crate::select_experts::{divisor, raise};
+use crate::{Parallel, Scalar};
 
 /// Inputs of [`select_experts_backward`].
 #[derive(Debug, Clone, Copy)]
@@ -47,12 +49,19 @@ impl<T: Scalar> SelectBackward<'_, T> {
         }
     }
 
-    /// Adds the gradient that reaches the chosen scores through the weights.
-    fn add_weight_grad(&self, token: usize, top_k: usize, scores: &[T::Accumulator], grad: &mut [T::Accumulator]) {
+    /// Adds the gradient that reaches the chosen scores through the weights. Scores are the row times the scale.
+    #[inline(always)]
+    fn add_weight_grad(
+        &self,
+        token: usize,
+        ids: &[i32],
+        (row, scale): (&[T::Accumulator], T::Accumulator),
+        grad: &mut [T::Accumulator],
+    ) {
+        let top_k = ids.len();
         let Some(grad_weights) = self.grad_weights else { return };
-        let choices = token * top_k..(token + 1) * top_k;
-        let (ids, grad_weights) = (&self.ids[choices.clone()], &grad_weights[choices]);
-        let chosen = || ids.iter().map(|&id| scores[id as usize]);
+        let grad_weights = &grad_weights[token * top_k..][..top_k];
+        let chosen = || ids.iter().map(|&id| row[id as usize] * scale);
         let normalize = self.normalize && top_k > 1;
         let divisor = divisor::<T>(chosen(), normalize);
         let sum: T::Accumulator = chosen().sum();
@@ -80,35 +89,55 @@ pub fn select_experts_backward<T: Scalar>(
     parallel: &dyn Parallel,
 ) -> Result<(), Error> {
     input.check(shape)?;
-    let RoutingShape { tokens, experts, top_k } = shape;
+    let RoutingShape { tokens, experts, .. } = shape;
     check_len("grad_logits", grad_logits.len(), tokens * experts)?;
     let block = items_per_task(experts);
     let tasks = tokens.div_ceil(block);
     let output = Chunks::new(grad_logits, block * experts, tasks);
-    each_task(parallel, tasks, &|claimed| {
-        let mut scores = vec![T::Accumulator::zero(); experts];
-        let mut grad = scores.clone();
-        let mut narrow = vec![T::default(); experts];
+    let level = Level::current();
+    each_task(parallel, tasks, &|claimed| run_at(level, Worker { input, shape, block, output: &output, claimed }));
+    Ok(())
+}
+
+struct Worker<'a, T: Scalar> {
+    input: &'a SelectBackward<'a, T>,
+    shape: RoutingShape,
+    /// Tokens a task.
+    block: usize,
+    output: &'a Chunks<'a, MaybeUninit<T>>,
+    claimed: Tasks<'a>,
+}
+
+impl<T: Scalar> Body for Worker<'_, T> {
+    #[inline(always)]
+    fn run<F: Features>(self, _: F) {
+        let Self { input, shape: RoutingShape { experts, top_k, .. }, block, output, claimed } = self;
+        let mut row = blocks_of(experts);
+        // What reaches every token's scores; each token adds its own part and takes it away again.
+        let mut base = blocks_of(experts);
+        if let Some(sums) = input.grad_score_sums {
+            widen_into(sums, T::Accumulator::zero(), &mut base);
+        }
+        let mut grad = base.clone();
         for task in claimed {
             for (token, output) in (task * block..).zip(output.take(task).chunks_exact_mut(experts)) {
-                T::widen_slice(&input.logits[token * experts..(token + 1) * experts], &mut scores);
-                let largest = scores[input.ids[token * top_k] as usize];
-                score(&mut scores, input.function, largest);
-                match input.grad_score_sums {
-                    Some(sums) => grad.copy_from_slice(sums),
-                    None => grad.fill(T::Accumulator::zero()),
-                }
-                input.add_weight_grad(token, top_k, &scores, &mut grad);
+                let ids = &input.ids[token * top_k..(token + 1) * top_k];
+                widen_into(&input.logits[token * experts..][..experts], T::Accumulator::neg_infinity(), &mut row);
+                let scale = raise(&mut row, input.function, ids[0] as usize);
+                input.add_weight_grad(token, ids, (row.as_flattened(), scale), grad.as_flattened_mut());
                 if input.function == ScoreFunction::Softmax {
-                    let mean = lanes::dot(&scores, &grad);
-                    for (grad, &score) in grad.iter_mut().zip(&scores) {
-                        *grad = score * (*grad - mean);
+                    let mean = dot(&row, &grad) * scale;
+                    for (power, &grad) in row.as_flattened_mut().iter_mut().zip(grad.as_flattened()) {
+                        *power = *power * scale * (grad - mean);
                     }
+                } else {
+                    row.copy_from_slice(&grad);
                 }
-                T::narrow_slice(&grad, &mut narrow);
-                output.write_copy_of_slice(&narrow);
+                narrow_into(&row, output);
+                for &id in ids {
+                    grad.as_flattened_mut()[id as usize] = base.as_flattened()[id as usize];
+                }
             }
         }
-    });
-    Ok(())
+    }
 }

@@ -65,6 +65,16 @@ fn check_select<T: Scalar>(shape: RoutingShape, function: ScoreFunction, normali
 }
 
 fn plan_of(ids: &[i32], priority: Option<&[f64]>, shape: RoutingShape, capacity: Option<usize>) -> RoutePlan {
+    on_threads(|parallel| plan_on(ids, priority, shape, capacity, parallel))
+}
+
+fn plan_on(
+    ids: &[i32],
+    priority: Option<&[f64]>,
+    shape: RoutingShape,
+    capacity: Option<usize>,
+    parallel: &dyn Parallel,
+) -> RoutePlan {
     let mut plan = RoutePlan {
         slots: vec![],
         tokens_per_expert: vec![],
@@ -87,7 +97,7 @@ fn plan_of(ids: &[i32], priority: Option<&[f64]>, shape: RoutingShape, capacity:
                                 row_index,
                                 row_choice,
                             };
-                            tutel_cpu::assign_rows(ids, priority, shape, capacity, output).unwrap();
+                            tutel_cpu::assign_rows(ids, priority, shape, capacity, output, parallel).unwrap();
                         });
                     });
                 });
@@ -224,6 +234,22 @@ fn many_rows_wider_than_a_task() {
     let plan = plan_of(&ids_of(routing, true, false, 9), None, routing, Some(300));
     every_type!(check_rows(&plan, routing, 2049, true, 4));
     every_type!(check_select(RoutingShape::new(513, 300, 7).unwrap(), ScoreFunction::Softmax, true, 5));
+}
+
+#[test]
+fn blocks_of_tokens_are_served_in_their_order() {
+    // Enough tokens for several threads to walk blocks of their own, and a number that does not divide.
+    for (experts, top_k) in [(3, 1), (64, 8)] {
+        let routing = RoutingShape::new(50_001, experts, top_k).unwrap();
+        let ids = ids_of(routing, true, true, 5);
+        let mut priority = Values(6).vec(routing.tokens);
+        priority.iter_mut().step_by(7).for_each(|value| *value = 0.5);
+        for priority in [None, Some(&priority[..])] {
+            let plan = plan_of(&ids, priority, routing, Some(9000));
+            let naive = reference::assign_rows(&ids, priority, routing, Some(9000)).unwrap();
+            assert!(plan == naive, "another plan for {experts} experts, priority {}", priority.is_some());
+        }
+    }
 }
 
 #[test]

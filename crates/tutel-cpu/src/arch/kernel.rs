@@ -1,5 +1,6 @@
 //! What one processor does with elements of one type, and the innermost loop of a product written over it.
-use crate::exponential::Exponential;
+use crate::convert::Convert;
+use crate::normal::Normal;
 use crate::operand::Operand;
 
 /// Registers side by side in a panel.
@@ -18,7 +19,7 @@ pub(crate) unsafe trait Kernel {
     /// What a step takes of one row or column: `DEPTH` elements of the inner dimension.
     type Unit: Copy + Default;
     /// The type of the sums.
-    type Sum: Exponential;
+    type Sum: Normal + Convert;
     /// `LANES` sums.
     type Register: Copy;
     /// `LANES` units.

@@ -6,8 +6,10 @@
 )]
 
 mod choose;
+mod compiled;
 mod kernel;
 mod level;
+mod memory;
 mod pack;
 mod portable;
 mod product;
@@ -15,4 +17,6 @@ mod product;
 mod x86_64;
 
 pub(crate) use choose::Scratch;
+pub(crate) use compiled::{Body, Features, run_at};
 pub use level::{Level, UnknownLevel};
+pub(crate) use memory::{end_streaming, prefetch, stream};

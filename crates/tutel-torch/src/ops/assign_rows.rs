@@ -4,6 +4,7 @@ use tutel_core::{Real, RoutingShape};
 use tutel_cpu::AssignOutput;
 
 use crate::arguments::{optional_slice, refused, size_argument, sizes_of, slice_of};
+use crate::threads::TorchThreads;
 
 pub(crate) struct AssignRows;
 
@@ -56,7 +57,7 @@ fn assign<A: Real + torch_stable::Element>(
     };
     let ids = slice_of(&topk_ids, "topk_ids")?;
     let priority = optional_slice::<A>(priority.as_ref(), "priority", &[tokens])?;
-    tutel_cpu::assign_rows(ids, priority, shape, capacity, output).map_err(refused)?;
+    tutel_cpu::assign_rows(ids, priority, shape, capacity, output, &TorchThreads).map_err(refused)?;
     Ok((
         slots.into_tensor(),
         tokens_per_expert.into_tensor(),
