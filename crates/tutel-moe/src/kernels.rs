@@ -30,7 +30,7 @@ impl Kernels<'_> {
     ) -> Result<Vec<T>, Error> {
         let Matrices { values, inner, outer, transposed } = weight;
         let shape = GroupedShape::new(offsets.len() - 1, rows.len() / inner, inner, outer)?;
-        let input = GroupedGemm { rows, weight: values, bias, offsets, transposed };
+        let input = GroupedGemm { rows: rows.into(), weight: values, second: None, bias, offsets, transposed };
         Ok(owned::grouped_gemm(input, shape, self.0)?)
     }
 
@@ -59,7 +59,7 @@ impl Kernels<'_> {
         let (left, right, inner, outer) =
             if transposed { (grad, rows, outer, inner) } else { (rows, grad, inner, outer) };
         let shape = GroupedShape::new(offsets.len() - 1, num_rows, inner, outer)?;
-        Ok(owned::grouped_gemm_weight_grad(left, right, offsets, shape, self.0)?)
+        Ok(owned::grouped_gemm_weight_grad(left.into(), right.into(), offsets, shape, self.0)?)
     }
 
     /// Gradient of [`Self::linear`] in `bias`: the sum of each expert's rows of this width.
