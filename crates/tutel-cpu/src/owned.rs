@@ -25,16 +25,7 @@ pub struct Selection<A> {
     pub score_sums: Vec<A>,
 }
 
-/// What [`hidden`] finds; see [`HiddenOutput`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct HiddenUnits<T> {
-    /// `[R, outer]`.
-    pub hidden: Vec<T>,
-    /// What the backward pass needs, where it is to be kept.
-    pub kept: Option<KeptUnits<T>>,
-}
-
-/// What [`hidden_grad`] needs of the forward pass.
+/// What [`hidden_grad`] needs of the forward pass; see [`HiddenOutput`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct KeptUnits<T> {
     /// `[R, outer]`.
@@ -261,25 +252,33 @@ pub fn grouped_gemm_weight_grad<T: Scalar>(
     Ok(written(output))
 }
 
-/// [`crate::hidden()`] into new vectors. `keep` asks for what the backward pass needs.
+/// [`crate::hidden()`] into a new vector, without what the backward pass needs.
 ///
 /// # Errors
 /// As the kernel.
-pub fn hidden<T: Scalar>(
+pub fn hidden<T: Scalar>(input: Hidden<'_, T>, shape: GroupedShape, parallel: &dyn Parallel) -> Result<Vec<T>, Error> {
+    let mut hidden = uninit(&[shape.rows, shape.outer])?;
+    let output = HiddenOutput { hidden: &mut hidden, pre: None, value: None };
+    crate::hidden(input, shape, output, &Checked(parallel))?;
+    Ok(written(hidden))
+}
+
+/// [`crate::hidden()`] into new vectors: the hidden units, and what the backward pass needs.
+///
+/// # Errors
+/// As the kernel.
+pub fn hidden_kept<T: Scalar>(
     input: Hidden<'_, T>,
     shape: GroupedShape,
-    keep: bool,
     parallel: &dyn Parallel,
-) -> Result<HiddenUnits<T>, Error> {
+) -> Result<(Vec<T>, KeptUnits<T>), Error> {
     let output = || uninit(&[shape.rows, shape.outer]);
-    let mut hidden = output()?;
-    let mut pre = keep.then(output).transpose()?;
-    // Without a gate the kernel has no values to write.
-    let mut value = (keep && input.value_weight.is_some()).then(output).transpose()?;
-    let output = HiddenOutput { hidden: &mut hidden, pre: pre.as_deref_mut(), value: value.as_deref_mut() };
+    let (mut hidden, mut pre) = (output()?, output()?);
+    // Without a gate the kernel would write no values.
+    let mut value = input.value_weight.map(|_| output()).transpose()?;
+    let output = HiddenOutput { hidden: &mut hidden, pre: Some(&mut pre), value: value.as_deref_mut() };
     crate::hidden(input, shape, output, &Checked(parallel))?;
-    let kept = pre.map(|pre| KeptUnits { pre: written(pre), value: value.map(written) });
-    Ok(HiddenUnits { hidden: written(hidden), kept })
+    Ok((written(hidden), KeptUnits { pre: written(pre), value: value.map(written) }))
 }
 
 /// [`crate::hidden_grad()`] into new vectors: the gradient of the value where there is one, the dots where there are
