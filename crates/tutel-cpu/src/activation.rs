@@ -1,4 +1,8 @@
 //! The functions between an expert's two products.
+#![expect(
+    clippy::inline_always,
+    reason = "a function that is not inlined is compiled without the processor's features"
+)]
 use tutel_core::Real;
 
 use crate::Normal;

@@ -1,4 +1,8 @@
 //! What becomes of the sums of a product while they are still in the cache.
+#![expect(
+    clippy::inline_always,
+    reason = "a function that is not inlined is compiled without the processor's features"
+)]
 use std::mem::MaybeUninit;
 
 use num_traits::{One, Zero};
@@ -116,7 +120,7 @@ impl<T: Operand> Derive<'_, T> {
     pub(crate) const UNIT: usize = 256;
 
     /// With the gradient u of the unweighted expert output in terms of its hidden units: hidden = act(pre) * value,
-    /// grad_pre = weight * u * value * act'(pre), grad_value = weight * u * act(pre), dot = u . hidden.
+    /// `grad_pre` = weight * u * value * act'(pre), `grad_value` = weight * u * act(pre), dot = u . hidden.
     #[inline(always)]
     fn finish(&mut self, row: usize, column: usize, grads: &mut [T::Accumulator]) {
         let count = grads.len();
@@ -142,7 +146,9 @@ impl<T: Operand> Derive<'_, T> {
             dots.row(row)[column / Self::UNIT] += fold(products);
         }
         let weight = self.weights.map_or(T::Accumulator::one(), |weights| weights[first_row]);
-        grads.iter_mut().for_each(|grad| *grad = *grad * weight);
+        for grad in grads.iter_mut() {
+            *grad = *grad * weight;
+        }
         if let Some(grad_value) = &mut self.grad_value {
             for i in 0..count {
                 act[i] = act[i] * grads[i];
@@ -150,7 +156,9 @@ impl<T: Operand> Derive<'_, T> {
             write(grad_value, row, column, &act[..count]);
         }
         if let Some(output) = &mut self.hidden {
-            hidden.iter_mut().for_each(|hidden| *hidden = *hidden * weight);
+            for hidden in &mut hidden {
+                *hidden = *hidden * weight;
+            }
             write(output, row, column, &hidden[..count]);
         }
         for i in 0..count {
@@ -166,7 +174,7 @@ fn fold<A: tutel_core::Real>(mut values: [A; MOST]) -> A {
     let mut width = MOST / 2;
     while width > 0 {
         for lane in 0..width {
-            values[lane] = values[lane] + values[lane + width];
+            values[lane] += values[lane + width];
         }
         width /= 2;
     }

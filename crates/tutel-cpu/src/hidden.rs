@@ -226,8 +226,9 @@ pub fn hidden_grad<T: Scalar>(
     });
     drop(dot_tiles);
     if let Some(dots) = output.dots {
-        for (dot, partial) in dots.iter_mut().zip(partial.chunks_exact(units.max(1))) {
-            dot.write(partial.iter().copied().sum());
+        // By index, so that every dot is written where there are no hidden units too.
+        for (row, dot) in dots.iter_mut().enumerate() {
+            dot.write(partial[row * units..(row + 1) * units].iter().copied().sum());
         }
     }
     Ok(())

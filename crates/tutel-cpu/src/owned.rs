@@ -7,7 +7,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tutel_core::{Error, GroupedShape, Real, RoutePlan, RoutingShape, RowShape, ScoreFunction, checked_product};
 
-use crate::{AssignOutput, GroupedGemm, Parallel, RowsOf, Scalar, SelectBackward, SelectOutput};
+use crate::{
+    AssignOutput, GroupedGemm, Hidden, HiddenGrad, HiddenGradOutput, HiddenOutput, Parallel, RowsOf, Scalar,
+    SelectBackward, SelectOutput,
+};
 
 /// What [`select_experts`] finds; see [`SelectOutput`].
 #[derive(Debug, Clone, PartialEq)]
@@ -20,6 +23,28 @@ pub struct Selection<A> {
     pub top_scores: Vec<A>,
     /// `[E]`: scores summed over the tokens.
     pub score_sums: Vec<A>,
+}
+
+/// What [`hidden_grad`] needs of the forward pass; see [`HiddenOutput`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct KeptUnits<T> {
+    /// `[R, outer]`.
+    pub pre: Vec<T>,
+    /// `[R, outer]`, of gated experts.
+    pub value: Option<Vec<T>>,
+}
+
+/// What [`hidden_grad`] finds; see [`HiddenGradOutput`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct HiddenGradients<T, A> {
+    /// `[R, outer]`.
+    pub grad_pre: Vec<T>,
+    /// `[R, outer]`, of gated experts.
+    pub grad_value: Option<Vec<T>>,
+    /// `[R, outer]`: the hidden units, times the routing weights where these are given.
+    pub hidden: Vec<T>,
+    /// `[R]`, where routing weights are given.
+    pub dots: Option<Vec<A>>,
 }
 
 /// Memory for a kernel's output.
@@ -226,6 +251,64 @@ pub fn grouped_gemm_weight_grad<T: Scalar>(
     let mut output = uninit(&[shape.experts, shape.inner, shape.outer])?;
     crate::grouped_gemm_weight_grad(left, right, offsets, shape, &mut output, &Checked(parallel))?;
     Ok(written(output))
+}
+
+/// [`crate::hidden()`] into a new vector, without what the backward pass needs.
+///
+/// # Errors
+/// As the kernel.
+pub fn hidden<T: Scalar>(input: Hidden<'_, T>, shape: GroupedShape, parallel: &dyn Parallel) -> Result<Vec<T>, Error> {
+    let mut hidden = uninit(&[shape.rows, shape.outer])?;
+    let output = HiddenOutput { hidden: &mut hidden, pre: None, value: None };
+    crate::hidden(input, shape, output, &Checked(parallel))?;
+    Ok(written(hidden))
+}
+
+/// [`crate::hidden()`] into new vectors: the hidden units, and what the backward pass needs.
+///
+/// # Errors
+/// As the kernel.
+pub fn hidden_kept<T: Scalar>(
+    input: Hidden<'_, T>,
+    shape: GroupedShape,
+    parallel: &dyn Parallel,
+) -> Result<(Vec<T>, KeptUnits<T>), Error> {
+    let output = || uninit(&[shape.rows, shape.outer]);
+    let (mut hidden, mut pre) = (output()?, output()?);
+    // Without a gate the kernel would write no values.
+    let mut value = input.value_weight.map(|_| output()).transpose()?;
+    let output = HiddenOutput { hidden: &mut hidden, pre: Some(&mut pre), value: value.as_deref_mut() };
+    crate::hidden(input, shape, output, &Checked(parallel))?;
+    Ok((written(hidden), KeptUnits { pre: written(pre), value: value.map(written) }))
+}
+
+/// [`crate::hidden_grad()`] into new vectors: the gradient of the value where there is one, the dots where there are
+/// weights.
+///
+/// # Errors
+/// As the kernel.
+pub fn hidden_grad<T: Scalar>(
+    input: &HiddenGrad<'_, T>,
+    shape: GroupedShape,
+    parallel: &dyn Parallel,
+) -> Result<HiddenGradients<T, T::Accumulator>, Error> {
+    let output = || uninit(&[shape.rows, shape.outer]);
+    let (mut grad_pre, mut hidden) = (output()?, output()?);
+    let mut grad_value = input.value.map(|_| output()).transpose()?;
+    let mut dots = input.weights.map(|_| uninit(&[shape.rows])).transpose()?;
+    let output = HiddenGradOutput {
+        grad_pre: &mut grad_pre,
+        grad_value: grad_value.as_deref_mut(),
+        hidden: Some(&mut hidden),
+        dots: dots.as_deref_mut(),
+    };
+    crate::hidden_grad(input, shape, output, &Checked(parallel))?;
+    Ok(HiddenGradients {
+        grad_pre: written(grad_pre),
+        grad_value: grad_value.map(written),
+        hidden: written(hidden),
+        dots: dots.map(written),
+    })
 }
 
 /// [`crate::grouped_sum()`] into new vectors.

@@ -24,7 +24,15 @@ struct Case {
 impl Case {
     fn all() -> Vec<Self> {
         let mut cases = Vec::new();
-        let sizes = [(3, 41, 70, 65), (2, 9, 33, 300), (1, 530, 24, 40), (2, 6, 0, 5), (4, 0, 8, 8), (2, 5, 600, 31)];
+        let sizes = [
+            (3, 41, 70, 65),
+            (2, 9, 33, 300),
+            (1, 530, 24, 40),
+            (2, 6, 0, 5),
+            (4, 0, 8, 8),
+            (2, 5, 600, 31),
+            (2, 4, 3, 0),
+        ];
         for (number, (experts, rows, inner, outer)) in sizes.into_iter().enumerate() {
             for (gated, transposed) in [(false, true), (true, false), (false, false), (true, true)] {
                 let shape = GroupedShape::new(experts, rows, inner, outer).unwrap();
@@ -164,7 +172,7 @@ fn check_backward<T: Scalar>(case: &Case, (_, pre, value): &Forward<T>) {
         weights: Some(&row_weights),
     };
     let (grad_pre, grad_value, weighted, dots) = on_threads(|parallel| {
-        let (mut grad_value, mut weighted, mut dots) = (Vec::new(), Vec::new(), vec![T::Accumulator::zero(); 0]);
+        let (mut grad_value, mut weighted, mut dots) = (Vec::new(), Vec::new(), Vec::<T::Accumulator>::new());
         let grad_pre = written(size, |grad_pre| {
             grad_value = written(if case.gated { size } else { 0 }, |grad_value| {
                 weighted = written(size, |hidden| {

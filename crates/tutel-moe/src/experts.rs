@@ -1,7 +1,7 @@
 //! All experts on their rows: `y = act(x W1 + b1) W2 + b2`, or gated, `y = (act(x W1) * (x W2)) W3`.
-use tutel_cpu::Scalar;
+use tutel_cpu::owned::{HiddenGradients, KeptUnits};
+use tutel_cpu::{Hidden, HiddenGrad, RowsOf, Scalar};
 
-use crate::elementwise::{activate, add, pre_gradient, up_gradient};
 use crate::kernels::{Kernels, Matrices};
 use crate::parameters::{Parameters, Role, Sizes};
 use crate::{Activation, Error};
@@ -10,6 +10,7 @@ use crate::{Activation, Error};
 #[derive(Clone, Copy)]
 pub(crate) struct Experts<'a, T> {
     fc1: Matrices<'a, T>,
+    /// In the layout of `fc1`.
     up: Option<Matrices<'a, T>>,
     fc2: Matrices<'a, T>,
     fc1_bias: Option<&'a [T]>,
@@ -17,28 +18,16 @@ pub(crate) struct Experts<'a, T> {
     activation: Activation,
 }
 
-/// What the backward pass needs.
-#[derive(Debug, Clone)]
-pub(crate) struct SavedExperts<T> {
-    /// `[R, D]`.
-    rows: Vec<T>,
-    /// `[R, H]`, before the activation.
-    pre: Vec<T>,
-    /// `[R, H]`, of gated experts.
-    up: Option<Vec<T>>,
-    /// `[R, H]`, what enters the second product.
-    hidden: Vec<T>,
-}
-
-/// Gradients of the experts' input and parameters.
-pub(crate) struct ExpertGradients<T> {
+/// Gradients of the experts' input and parameters, but for the second bias.
+pub(crate) struct ExpertGradients<T: Scalar> {
     /// `[R, D]`.
     pub(crate) rows: Vec<T>,
+    /// `[R]`, where routing weights multiply the outputs: their gradient, but for what the second bias adds.
+    pub(crate) dots: Option<Vec<T::Accumulator>>,
     pub(crate) fc1: Vec<T>,
     pub(crate) up: Option<Vec<T>>,
     pub(crate) fc2: Vec<T>,
     pub(crate) fc1_bias: Option<Vec<T>>,
-    pub(crate) fc2_bias: Option<Vec<T>>,
 }
 
 impl<'a, T: Scalar> Experts<'a, T> {
@@ -59,74 +48,70 @@ impl<'a, T: Scalar> Experts<'a, T> {
         }
     }
 
-    /// The two products before the activation; the second one for gated experts only.
-    fn first_products(
-        self,
-        kernels: Kernels<'_>,
-        rows: &[T],
-        offsets: &[i64],
-    ) -> Result<(Vec<T>, Option<Vec<T>>), Error> {
-        let pre = kernels.linear(rows, self.fc1, self.fc1_bias, offsets)?;
-        let up = self.up.map(|up| kernels.linear(rows, up, None, offsets)).transpose()?;
-        Ok((pre, up))
+    fn hidden_input<'b>(&'b self, rows: RowsOf<'b, T>, offsets: &'b [i64]) -> Hidden<'b, T> {
+        Hidden {
+            rows,
+            weight: self.fc1.values,
+            bias: self.fc1_bias,
+            value_weight: self.up.map(|up| up.values),
+            offsets,
+            transposed: self.fc1.transposed,
+            activation: self.activation,
+        }
     }
 
-    /// Rows `[R, D]` to rows `[R, D_out]`, keeping nothing.
-    pub(crate) fn infer(self, kernels: Kernels<'_>, rows: Vec<T>, offsets: &[i64]) -> Result<Vec<T>, Error> {
-        let (mut hidden, up) = self.first_products(kernels, &rows, offsets)?;
-        drop(rows);
-        activate(&mut hidden, up.as_deref(), self.activation, kernels.0);
+    /// Hidden units `[R, H]` of rows `[R, D]`.
+    pub(crate) fn hidden(self, kernels: Kernels<'_>, rows: RowsOf<'_, T>, offsets: &[i64]) -> Result<Vec<T>, Error> {
+        kernels.hidden(self.hidden_input(rows, offsets), (self.fc1.inner, self.fc1.outer))
+    }
+
+    /// The same, and what [`Self::backward`] needs.
+    pub(crate) fn hidden_kept(
+        self,
+        kernels: Kernels<'_>,
+        rows: RowsOf<'_, T>,
+        offsets: &[i64],
+    ) -> Result<(Vec<T>, KeptUnits<T>), Error> {
+        kernels.hidden_kept(self.hidden_input(rows, offsets), (self.fc1.inner, self.fc1.outer))
+    }
+
+    /// Hidden units to rows `[R, D_out]`.
+    pub(crate) fn outputs(self, kernels: Kernels<'_>, hidden: Vec<T>, offsets: &[i64]) -> Result<Vec<T>, Error> {
         kernels.linear(&hidden, self.fc2, self.fc2_bias, offsets)
     }
 
-    /// Rows `[R, D]` to rows `[R, D_out]`, and what [`Self::backward`] needs.
-    pub(crate) fn forward(
-        self,
-        kernels: Kernels<'_>,
-        rows: Vec<T>,
-        offsets: &[i64],
-    ) -> Result<(Vec<T>, SavedExperts<T>), Error> {
-        let (pre, up) = self.first_products(kernels, &rows, offsets)?;
-        let mut hidden = pre.clone();
-        activate(&mut hidden, up.as_deref(), self.activation, kernels.0);
-        let output = kernels.linear(&hidden, self.fc2, self.fc2_bias, offsets)?;
-        Ok((output, SavedExperts { rows, pre, up, hidden }))
-    }
-
-    /// Gradients from that of the output, `[R, D_out]`.
+    /// Gradients from that of the outputs, `[R, D_out]` before the routing weights that multiply them, if any do.
     pub(crate) fn backward(
         self,
         kernels: Kernels<'_>,
-        saved: SavedExperts<T>,
-        grad: &[T],
+        kept: KeptUnits<T>,
+        (rows, grad): (RowsOf<'_, T>, RowsOf<'_, T>),
+        weights: Option<&[T::Accumulator]>,
         offsets: &[i64],
     ) -> Result<ExpertGradients<T>, Error> {
-        let SavedExperts { rows, mut pre, up, hidden } = saved;
-        let bias_grad = |bias: Option<&[T]>, grad: &[T], width: usize| {
-            bias.map(|_| kernels.linear_bias_grad(grad, width, offsets)).transpose()
+        let Matrices { values, inner, outer, transposed } = self.fc2;
+        let input = HiddenGrad {
+            grad,
+            weight: values,
+            offsets,
+            transposed: !transposed,
+            activation: self.activation,
+            pre: &kept.pre,
+            value: kept.value.as_deref(),
+            weights,
         };
-        let fc2 = kernels.linear_weight_grad(&hidden, grad, self.fc2, offsets)?;
-        let fc2_bias = bias_grad(self.fc2_bias, grad, self.fc2.outer)?;
+        let HiddenGradients { grad_pre, grad_value, hidden, dots } = kernels.hidden_grad(&input, (outer, inner))?;
+        drop(kept);
+        let fc2 = kernels.linear_weight_grad((&hidden).into(), grad, self.fc2, offsets)?;
         drop(hidden);
-        let grad_hidden = kernels.linear_rows_grad(grad, self.fc2, offsets)?;
 
-        let grad_up = up.is_some().then(|| {
-            let mut grad_up = pre.clone();
-            up_gradient(&mut grad_up, &grad_hidden, self.activation, kernels.0);
-            grad_up
-        });
-        pre_gradient(&mut pre, up.as_deref(), &grad_hidden, self.activation, kernels.0);
-        let grad_pre = pre;
-
-        let fc1 = kernels.linear_weight_grad(&rows, &grad_pre, self.fc1, offsets)?;
-        let fc1_bias = bias_grad(self.fc1_bias, &grad_pre, self.fc1.outer)?;
-        let mut grad_rows = kernels.linear_rows_grad(&grad_pre, self.fc1, offsets)?;
-        let mut grad_up_weight = None;
-        if let (Some(weight), Some(grad_up)) = (self.up, grad_up) {
-            grad_up_weight = Some(kernels.linear_weight_grad(&rows, &grad_up, weight, offsets)?);
-            let through_up = kernels.linear_rows_grad(&grad_up, weight, offsets)?;
-            add(&mut grad_rows, &through_up, kernels.0);
-        }
-        Ok(ExpertGradients { rows: grad_rows, fc1, up: grad_up_weight, fc2, fc1_bias, fc2_bias })
+        let fc1 = kernels.linear_weight_grad(rows, (&grad_pre).into(), self.fc1, offsets)?;
+        let bias_grad = |_| kernels.linear_bias_grad(&grad_pre, self.fc1.outer, offsets);
+        let fc1_bias = self.fc1_bias.map(bias_grad).transpose()?;
+        let value = self.up.zip(grad_value.as_deref());
+        let up_grad = |(up, grad): (_, &[T])| kernels.linear_weight_grad(rows, grad.into(), up, offsets);
+        let up = value.map(up_grad).transpose()?;
+        let rows = kernels.linear_rows_grad(&grad_pre, self.fc1, value.map(|(up, grad)| (grad, up.values)), offsets)?;
+        Ok(ExpertGradients { rows, dots, fc1, up, fc2, fc1_bias })
     }
 }

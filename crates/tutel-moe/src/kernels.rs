@@ -1,7 +1,9 @@
 //! Every call of a kernel that the layer makes, with its sizes.
+use std::sync::Mutex;
+
 use tutel_core::{GroupedShape, RoutePlan, RoutingShape, RowShape, ScoreFunction};
-use tutel_cpu::owned::{self, Selection};
-use tutel_cpu::{GroupedGemm, Parallel, Scalar, SelectBackward};
+use tutel_cpu::owned::{self, HiddenGradients, KeptUnits, Selection};
+use tutel_cpu::{GroupedGemm, Hidden, HiddenGrad, Parallel, RowsOf, Scalar, SelectBackward};
 
 use crate::Error;
 
@@ -19,6 +21,11 @@ pub(crate) struct Matrices<'a, T> {
 #[derive(Clone, Copy)]
 pub(crate) struct Kernels<'a>(pub(crate) &'a dyn Parallel);
 
+/// R, of rows of this width.
+fn count<T>(rows: RowsOf<'_, T>, width: usize) -> usize {
+    rows.index.map_or(rows.matrix.len() / width, <[usize]>::len)
+}
+
 impl Kernels<'_> {
     /// `rows[r] W_e + bias[e]`.
     pub(crate) fn linear<T: Scalar>(
@@ -30,36 +37,71 @@ impl Kernels<'_> {
     ) -> Result<Vec<T>, Error> {
         let Matrices { values, inner, outer, transposed } = weight;
         let shape = GroupedShape::new(offsets.len() - 1, rows.len() / inner, inner, outer)?;
-        let input = GroupedGemm { rows, weight: values, bias, offsets, transposed };
+        let input = GroupedGemm { rows: rows.into(), weight: values, second: None, bias, offsets, transposed };
         Ok(owned::grouped_gemm(input, shape, self.0)?)
     }
 
-    /// Gradient of [`Self::linear`] in `rows`.
+    /// Gradient of [`Self::linear`] in `rows`. `second` is the gradient and the weight, in the same layout, of another
+    /// product that the rows enter.
     pub(crate) fn linear_rows_grad<T: Scalar>(
         self,
         grad: &[T],
         weight: Matrices<'_, T>,
+        second: Option<(&[T], &[T])>,
         offsets: &[i64],
     ) -> Result<Vec<T>, Error> {
         let Matrices { values, inner, outer, transposed } = weight;
-        let reversed = Matrices { values, inner: outer, outer: inner, transposed: !transposed };
-        self.linear(grad, reversed, None, offsets)
+        let shape = GroupedShape::new(offsets.len() - 1, grad.len() / outer, outer, inner)?;
+        let second = second.map(|(grad, weight)| (grad.into(), weight));
+        let transposed = !transposed;
+        let input = GroupedGemm { rows: grad.into(), weight: values, second, bias: None, offsets, transposed };
+        Ok(owned::grouped_gemm(input, shape, self.0)?)
     }
 
     /// Gradient of [`Self::linear`] in `weight`, in the layout of `weight`.
     pub(crate) fn linear_weight_grad<T: Scalar>(
         self,
-        rows: &[T],
-        grad: &[T],
+        rows: RowsOf<'_, T>,
+        grad: RowsOf<'_, T>,
         weight: Matrices<'_, T>,
         offsets: &[i64],
     ) -> Result<Vec<T>, Error> {
         let Matrices { inner, outer, transposed, .. } = weight;
-        let num_rows = rows.len() / inner;
+        let num_rows = count(rows, inner);
         let (left, right, inner, outer) =
             if transposed { (grad, rows, outer, inner) } else { (rows, grad, inner, outer) };
         let shape = GroupedShape::new(offsets.len() - 1, num_rows, inner, outer)?;
         Ok(owned::grouped_gemm_weight_grad(left, right, offsets, shape, self.0)?)
+    }
+
+    /// The experts' hidden units, `outer` of them from rows of width `inner`.
+    pub(crate) fn hidden<T: Scalar>(
+        self,
+        input: Hidden<'_, T>,
+        (inner, outer): (usize, usize),
+    ) -> Result<Vec<T>, Error> {
+        let shape = GroupedShape::new(input.offsets.len() - 1, count(input.rows, inner), inner, outer)?;
+        Ok(owned::hidden(input, shape, self.0)?)
+    }
+
+    /// The same, and what [`Self::hidden_grad`] needs.
+    pub(crate) fn hidden_kept<T: Scalar>(
+        self,
+        input: Hidden<'_, T>,
+        (inner, outer): (usize, usize),
+    ) -> Result<(Vec<T>, KeptUnits<T>), Error> {
+        let shape = GroupedShape::new(input.offsets.len() - 1, count(input.rows, inner), inner, outer)?;
+        Ok(owned::hidden_kept(input, shape, self.0)?)
+    }
+
+    /// Gradient of [`Self::hidden`], from that of outputs of width `inner`.
+    pub(crate) fn hidden_grad<T: Scalar>(
+        self,
+        input: &HiddenGrad<'_, T>,
+        (inner, outer): (usize, usize),
+    ) -> Result<HiddenGradients<T, T::Accumulator>, Error> {
+        let shape = GroupedShape::new(input.offsets.len() - 1, count(input.grad, inner), inner, outer)?;
+        Ok(owned::hidden_grad(input, shape, self.0)?)
     }
 
     /// Gradient of [`Self::linear`] in `bias`: the sum of each expert's rows of this width.
@@ -104,13 +146,14 @@ impl Kernels<'_> {
 
     /// Where each choice goes.
     pub(crate) fn assign<T: Scalar>(
+        self,
         selection: &Selection<T::Accumulator>,
         prioritized: bool,
         shape: RoutingShape,
         capacity: Option<usize>,
     ) -> Result<RoutePlan, Error> {
         let priority = prioritized.then_some(&selection.top_scores[..]);
-        Ok(owned::assign_rows(&selection.ids, priority, shape, capacity)?)
+        Ok(owned::assign_rows(&selection.ids, priority, shape, capacity, self.0)?)
     }
 
     /// Tokens of this width to rows, times the weights of their choices where given.
@@ -135,14 +178,35 @@ impl Kernels<'_> {
         Ok(owned::combine(rows, &plan.row_index, weights, shape, self.0)?)
     }
 
-    /// The inner product of each choice's row with its token: the gradient of the weights of dispatch and combine.
+    /// The inner product of the row that the index gives each choice with the choice's token; 0 where it gives none.
     pub(crate) fn row_dot<T: Scalar>(
         self,
         rows: &[T],
-        plan: &RoutePlan,
+        row_index: &[i64],
         tokens: &[T],
         shape: RowShape,
     ) -> Result<Vec<T::Accumulator>, Error> {
-        Ok(owned::row_dot(rows, &plan.row_index, tokens, shape, self.0)?)
+        Ok(owned::row_dot(rows, row_index, tokens, shape, self.0)?)
+    }
+
+    /// `target += addend`.
+    pub(crate) fn add<T: Scalar>(self, target: &mut [T], addend: &[T]) {
+        // Waking a thread costs about as much as this many elements.
+        const CHUNK: usize = 1 << 15;
+        let threads = self.0.threads().min(target.len() / CHUNK);
+        let chunks = Mutex::new(target.chunks_mut(CHUNK).zip(addend.chunks(CHUNK)));
+        let work = || {
+            let next = || chunks.lock().expect("nothing panics while it is locked").next();
+            while let Some((target, addend)) = next() {
+                for (target, addend) in target.iter_mut().zip(addend) {
+                    *target = T::narrow(target.widen() + addend.widen());
+                }
+            }
+        };
+        if threads > 1 {
+            self.0.run(threads, &work);
+        }
+        // Alone, or for what the others have left.
+        work();
     }
 }

@@ -2,11 +2,13 @@
 use std::fmt;
 use std::sync::Arc;
 
-use tutel_cpu::{Parallel, Scalar};
+use tutel_core::RowShape;
+use tutel_cpu::owned::KeptUnits;
+use tutel_cpu::{Parallel, RowsOf, Scalar};
 
 use crate::builder::MoeLayerBuilder;
 use crate::error::check_shape;
-use crate::experts::{ExpertGradients, Experts, SavedExperts};
+use crate::experts::{ExpertGradients, Experts};
 use crate::kernels::{Kernels, Matrices};
 use crate::parameters::{Parameters, Role, Sizes};
 use crate::route::{Routed, Routing, check_capacity_factor};
@@ -81,10 +83,10 @@ pub struct Saved<T: Scalar> {
     /// Of the layer that made it.
     options: Comparable,
     tokens: Vec<T>,
+    /// `[R, D]`, where weights multiply the experts' inputs.
+    weighted: Option<Vec<T>>,
     routed: Routed<T>,
-    experts: SavedExperts<T>,
-    /// `[R, D_out]`, where weights multiply outputs.
-    outputs: Option<Vec<T>>,
+    kept: KeptUnits<T>,
 }
 
 /// What a backward pass gives.
@@ -152,26 +154,31 @@ impl<T: Scalar> MoeLayer<T> {
     /// [`Error::Tokens`] for a slice that is not `[T, D]` for any T; [`Error::Kernel`] for more tokens than can be
     /// counted or kept.
     pub fn forward(&self, tokens: &[T]) -> Result<Output<T>, Error> {
-        let kernels = self.kernels();
+        let (kernels, experts) = (self.kernels(), self.weights());
         let routed = self.route(tokens)?;
-        let rows = self.dispatch(tokens, &routed)?;
-        let rows = self.weights().infer(kernels, rows, &routed.plan.offsets)?;
+        let weighted = self.dispatch(tokens, &routed)?;
+        let rows = rows_of(tokens, weighted.as_deref(), &routed);
+        let hidden = experts.hidden(kernels, rows, &routed.plan.offsets)?;
+        drop(weighted);
+        let rows = experts.outputs(kernels, hidden, &routed.plan.offsets)?;
         self.output(&rows, &routed)
     }
 
-    /// Computes tokens `[T, D]` and keeps what [`Self::backward`] needs: a copy of the tokens, and T K rows of width D,
-    /// of width `D_out`, and two times (three times in gated experts) of width H.
+    /// Computes tokens `[T, D]` and keeps what [`Self::backward`] needs: a copy of the tokens, and T K rows of width H
+    /// (twice that in gated experts); where weights multiply the experts' inputs, T K rows of width D as well.
     ///
     /// # Errors
     /// As [`Self::forward`].
     pub fn forward_train(&self, tokens: &[T]) -> Result<(Output<T>, Saved<T>), Error> {
+        let (kernels, experts) = (self.kernels(), self.weights());
         let routed = self.route(tokens)?;
-        let rows = self.dispatch(tokens, &routed)?;
-        let (rows, experts) = self.weights().forward(self.kernels(), rows, &routed.plan.offsets)?;
+        let weighted = self.dispatch(tokens, &routed)?;
+        let rows = rows_of(tokens, weighted.as_deref(), &routed);
+        let (hidden, kept) = experts.hidden_kept(kernels, rows, &routed.plan.offsets)?;
+        let rows = experts.outputs(kernels, hidden, &routed.plan.offsets)?;
         let output = self.output(&rows, &routed)?;
-        let outputs = (self.options.score_at == ScoreAt::Combine).then_some(rows);
         let options = self.options.comparable();
-        Ok((output, Saved { options, tokens: tokens.to_vec(), routed, experts, outputs }))
+        Ok((output, Saved { options, tokens: tokens.to_vec(), weighted, routed, kept }))
     }
 
     /// Gradients of a loss, from its gradient in the output's tokens, `[T, D_out]`, and in the auxiliary loss (the
@@ -182,28 +189,58 @@ impl<T: Scalar> MoeLayer<T> {
     /// [`Error::Length`] for a `grad_output` of another length than the output; [`Error::Saved`] for what a layer with
     /// other sizes or options has saved.
     pub fn backward(&self, saved: Saved<T>, grad_output: &[T], grad_aux_loss: f64) -> Result<Gradients<T>, Error> {
-        let Saved { options, tokens, routed, experts, outputs } = saved;
+        let Saved { options, tokens, weighted, routed, kept } = saved;
         self.check_saved(options)?;
         let (inner, outer) = (routed.row_shape(self.model_dim())?, routed.row_shape(self.output_dim())?);
         check_shape("grad_output", grad_output.len(), &[outer.tokens, outer.width])?;
         let (kernels, plan) = (self.kernels(), &routed.plan);
         let (at_dispatch, at_combine) = self.weights_at(&routed);
 
-        let grad_rows = kernels.dispatch(grad_output, plan, at_combine, outer)?;
-        let gradients = self.weights().backward(kernels, experts, &grad_rows, &plan.offsets)?;
-        drop(grad_rows);
-        let grad_weights = match outputs {
-            Some(outputs) => kernels.row_dot(&outputs, plan, grad_output, outer)?,
-            None => kernels.row_dot(&gradients.rows, plan, &tokens, inner)?,
+        let fc2_bias = self.output_bias_grad(grad_output, &routed, outer)?;
+        let rows = rows_of(&tokens, weighted.as_deref(), &routed);
+        let row_weights = at_combine.map(|weights| routed.by_row(weights));
+        let pair = (rows, routed.gathered(grad_output));
+        let gradients = self.weights().backward(kernels, kept, pair, row_weights.as_deref(), &plan.offsets)?;
+        drop(weighted);
+        let grad_weights = match &gradients.dots {
+            Some(dots) => self.output_weights_grad(dots, grad_output, &routed, outer)?,
+            None => kernels.row_dot(&gradients.rows, &plan.row_index, &tokens, inner)?,
         };
         let mut grad_tokens = kernels.combine(&gradients.rows, plan, at_dispatch, inner)?;
 
         let grad_logits = self.options.routing.backward(kernels, &routed, &grad_weights, grad_aux_loss)?;
         let (gate, offsets) = (self.gate(), [0, inner.tokens as i64]);
-        let through_gate = kernels.linear_rows_grad(&grad_logits, gate, &offsets)?;
-        crate::elementwise::add(&mut grad_tokens, &through_gate, kernels.0);
-        let grad_gate = kernels.linear_weight_grad(&tokens, &grad_logits, gate, &offsets)?;
-        Ok(Gradients { tokens: grad_tokens, parameters: self.by_name(gradients, grad_gate)? })
+        let through_gate = kernels.linear_rows_grad(&grad_logits, gate, None, &offsets)?;
+        kernels.add(&mut grad_tokens, &through_gate);
+        let gate = kernels.linear_weight_grad((&tokens).into(), (&grad_logits).into(), gate, &offsets)?;
+        Ok(Gradients { tokens: grad_tokens, parameters: self.by_name(gradients, fc2_bias, gate)? })
+    }
+
+    /// Gradient of the experts' second bias: the sum of the gradients of each expert's outputs.
+    fn output_bias_grad(&self, grad: &[T], routed: &Routed<T>, shape: RowShape) -> Result<Option<Vec<T>>, Error> {
+        if self.parameters.role(Role::Fc2Bias).is_none() {
+            return Ok(None);
+        }
+        let grad = self.kernels().dispatch(grad, &routed.plan, self.weights_at(routed).1, shape)?;
+        Ok(Some(self.kernels().linear_bias_grad(&grad, shape.width, &routed.plan.offsets)?))
+    }
+
+    /// Gradient of the weights `[T, K]` that multiply outputs: the inner product of each choice's output, which nobody
+    /// has kept, with its token's gradient. `dots` `[R]` is what the second product has of it.
+    fn output_weights_grad(
+        &self,
+        dots: &[T::Accumulator],
+        grad: &[T],
+        routed: &Routed<T>,
+        shape: RowShape,
+    ) -> Result<Vec<T::Accumulator>, Error> {
+        let mut weights = routed.by_choice(dots);
+        if let Some(bias) = self.parameters.role(Role::Fc2Bias) {
+            let one_row_each = RowShape { rows: self.experts(), ..shape };
+            let of_bias = self.kernels().row_dot(bias, &routed.kept_ids(), grad, one_row_each)?;
+            weights.iter_mut().zip(of_bias).for_each(|(weight, of_bias)| *weight += of_bias);
+        }
+        Ok(weights)
     }
 
     fn check_saved(&self, found: Comparable) -> Result<(), Error> {
@@ -247,9 +284,11 @@ impl<T: Scalar> MoeLayer<T> {
         self.options.routing.route(self.kernels(), logits)
     }
 
-    fn dispatch(&self, tokens: &[T], routed: &Routed<T>) -> Result<Vec<T>, Error> {
+    /// Rows `[R, D]` times their weights, where weights multiply the experts' inputs.
+    fn dispatch(&self, tokens: &[T], routed: &Routed<T>) -> Result<Option<Vec<T>>, Error> {
+        let Some(weights) = self.weights_at(routed).0 else { return Ok(None) };
         let shape = routed.row_shape(self.model_dim())?;
-        self.kernels().dispatch(tokens, &routed.plan, self.weights_at(routed).0, shape)
+        Ok(Some(self.kernels().dispatch(tokens, &routed.plan, Some(weights), shape)?))
     }
 
     fn output(&self, rows: &[T], routed: &Routed<T>) -> Result<Output<T>, Error> {
@@ -261,8 +300,13 @@ impl<T: Scalar> MoeLayer<T> {
         })
     }
 
-    fn by_name(&self, gradients: ExpertGradients<T>, gate: Vec<T>) -> Result<Parameters<T>, Error> {
-        let ExpertGradients { fc1, up, fc2, fc1_bias, fc2_bias, .. } = gradients;
+    fn by_name(
+        &self,
+        gradients: ExpertGradients<T>,
+        fc2_bias: Option<Vec<T>>,
+        gate: Vec<T>,
+    ) -> Result<Parameters<T>, Error> {
+        let ExpertGradients { fc1, up, fc2, fc1_bias, .. } = gradients;
         let (mut fc1, mut fc2, mut gate) = (Some(fc1), Some(fc2), Some(gate));
         let (mut up, mut fc1_bias, mut fc2_bias) = (up, fc1_bias, fc2_bias);
         Parameters::new(self.options.sizes, |role, _| {
@@ -277,4 +321,9 @@ impl<T: Scalar> MoeLayer<T> {
             Ok(gradient.expect("every parameter has one gradient"))
         })
     }
+}
+
+/// The experts' input: the rows that weights have multiplied, or else gathered tokens.
+fn rows_of<'a, T: Scalar>(tokens: &'a [T], weighted: Option<&'a [T]>, routed: &'a Routed<T>) -> RowsOf<'a, T> {
+    weighted.map_or_else(|| routed.gathered(tokens), RowsOf::from)
 }

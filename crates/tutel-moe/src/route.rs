@@ -1,7 +1,7 @@
 //! Logits to a plan: who goes where, with which weight, and what is dropped.
-use tutel_core::{RoutePlan, RoutingShape, RowShape};
-use tutel_cpu::Scalar;
+use tutel_core::{NOT_ROUTED, Real, RoutePlan, RoutingShape, RowShape};
 use tutel_cpu::owned::Selection;
+use tutel_cpu::{RowsOf, Scalar};
 
 use crate::Error;
 use crate::aux_loss::{aux_loss, aux_loss_grad};
@@ -25,6 +25,8 @@ pub(crate) struct Routed<T: Scalar> {
     pub(crate) shape: RoutingShape,
     pub(crate) selection: Selection<T::Accumulator>,
     pub(crate) plan: RoutePlan,
+    /// `[R]`: the token of each row; 0, which nobody reads, of rows that are unused.
+    row_tokens: Vec<usize>,
 }
 
 pub(crate) fn check_capacity_factor(factor: f64) -> Result<f64, Error> {
@@ -48,8 +50,10 @@ impl Routing {
         let tokens = logits.len() / self.experts;
         let shape = RoutingShape::new(tokens, self.experts, self.top_k)?;
         let selection = kernels.select(&logits, shape, self.normalize_gate)?;
-        let plan = Kernels::assign::<T>(&selection, self.batch_prioritized, shape, self.capacity(tokens))?;
-        Ok(Routed { logits, shape, selection, plan })
+        let plan = kernels.assign::<T>(&selection, self.batch_prioritized, shape, self.capacity(tokens))?;
+        let token = |&choice: &i64| usize::try_from(choice).map_or(0, |choice| choice / self.top_k);
+        let row_tokens = plan.row_choice.iter().map(token).collect();
+        Ok(Routed { logits, shape, selection, plan, row_tokens })
     }
 
     /// Gradient of the logits, from those of the weights `[T, K]` and of the auxiliary loss.
@@ -60,16 +64,42 @@ impl Routing {
         grad_weights: &[T::Accumulator],
         grad_aux_loss: f64,
     ) -> Result<Vec<T>, Error> {
-        let Routed { logits, shape, selection, plan } = routed;
+        let Routed { logits, shape, selection, plan, .. } = routed;
         let grad_score_sums = aux_loss_grad::<T>(grad_aux_loss, &plan.first_choices, shape.tokens);
         kernels.select_grad(logits, &selection.ids, (grad_weights, &grad_score_sums), *shape, self.normalize_gate)
     }
+}
+
+/// The value that an index names; 0 where it names none.
+fn at<A: Real>(values: &[A], index: i64) -> A {
+    usize::try_from(index).map_or(A::zero(), |index| values[index])
 }
 
 impl<T: Scalar> Routed<T> {
     /// Sizes of dispatch and combine, for tokens and rows of this width.
     pub(crate) fn row_shape(&self, width: usize) -> Result<RowShape, Error> {
         Ok(RowShape::new(self.shape.tokens, self.shape.choices(), width, self.shape.top_k)?)
+    }
+
+    /// The rows of all experts, gathered from tokens where they are read.
+    pub(crate) fn gathered<'a>(&'a self, tokens: &'a [T]) -> RowsOf<'a, T> {
+        RowsOf { matrix: tokens, index: Some(&self.row_tokens) }
+    }
+
+    /// Weights `[T, K]` by row, `[R]`; 0 for rows that are unused.
+    pub(crate) fn by_row(&self, weights: &[T::Accumulator]) -> Vec<T::Accumulator> {
+        self.plan.row_choice.iter().map(|&choice| at(weights, choice)).collect()
+    }
+
+    /// Values `[R]` by choice, `[T, K]`; 0 for choices that are dropped.
+    pub(crate) fn by_choice(&self, values: &[T::Accumulator]) -> Vec<T::Accumulator> {
+        self.plan.row_index.iter().map(|&row| at(values, row)).collect()
+    }
+
+    /// `[T, K]`: the expert of each choice, -1 where it is dropped.
+    pub(crate) fn kept_ids(&self) -> Vec<i64> {
+        let kept = |(&id, &row): (&i32, &i64)| if row == NOT_ROUTED { NOT_ROUTED } else { i64::from(id) };
+        self.selection.ids.iter().zip(&self.plan.row_index).map(kept).collect()
     }
 
     pub(crate) fn aux_loss(&self) -> f64 {
