@@ -236,13 +236,15 @@ proptest! {
 #[test]
 fn grouped_products_around_a_block() {
     for transposed in [false, true] {
-        // More rows, columns and depth than a block; odd everything; an inner size of 1; few rows; whole blocks.
-        let shapes: [(&[i64], [usize; 3]); 5] = [
-            (&[0, 1, 522], [530, 70, 300]),
-            (&[0, 15, 30], [31, 1057, 270]),
+        // Of rows, columns and depth more than a block; an inner size of 1; few rows; whole blocks. No larger than that:
+        // these tests also run on emulators.
+        let shapes: [(&[i64], [usize; 3]); 6] = [
+            (&[0, 1, 518], [520, 5, 260]),
+            (&[0, 1, 2], [3, 1030, 260]),
             (&[0, 19, 39], [40, 1, 33]),
             (&[0, 2], [3, 600, 7]),
-            (&[0, 31, 64], [64, 512, 64]),
+            (&[0, 17], [17, 530, 35]),
+            (&[0, 14, 28], [28, 512, 64]),
         ];
         for (offsets, [rows, inner, outer]) in shapes {
             let shape = GroupedShape::new(offsets.len() - 1, rows, inner, outer).unwrap();
@@ -253,8 +255,8 @@ fn grouped_products_around_a_block() {
 
 #[test]
 fn many_rows_wider_than_a_task() {
-    let routing = RoutingShape::new(700, 5, 3).unwrap();
-    let plan = reference::assign_rows(&ids_of(routing, true, false, 9), None, routing, Some(300)).unwrap();
+    let routing = RoutingShape::new(100, 5, 3).unwrap();
+    let plan = reference::assign_rows(&ids_of(routing, true, false, 9), None, routing, Some(40)).unwrap();
     every_type!(check_rows(&plan, routing, 2049, true, 4));
     every_type!(check_select(RoutingShape::new(513, 300, 7).unwrap(), ScoreFunction::Softmax, true, 5));
 }
