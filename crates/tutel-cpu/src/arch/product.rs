@@ -2,6 +2,8 @@
 use half::{bf16, f16};
 use num_traits::Zero;
 
+#[cfg(target_arch = "aarch64")]
+use super::aarch64::neon::{Neon, NeonF64};
 use super::kernel::{Kernel, Packed, padded_columns, product};
 use super::level::Level;
 use super::portable::Portable;
@@ -19,6 +21,7 @@ pub(crate) struct Scratch<A> {
     sums: Vec<A>,
     stride: usize,
     floats: Packed<A>,
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only bf16 of x86-64 is multiplied in pairs"))]
     pairs: Packed<u32>,
 }
 
@@ -43,7 +46,6 @@ impl<A: Zero + Copy> Scratch<A> {
 macro_rules! compiled {
     ($name:ident, $kernel:ty, $packed:ident, $($features:literal)?) => {
         $(#[target_feature(enable = $features)])?
-        #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
         unsafe fn $name(
             scratch: &mut Scratch<<$kernel as Kernel>::Sum>,
             left: Factor<'_, <$kernel as Kernel>::Element>,
@@ -57,14 +59,14 @@ macro_rules! compiled {
 }
 
 macro_rules! operand {
-    ($element:ty, $($level:ident => $name:ident, $kernel:ty, $packed:ident, $features:literal;)*) => {
+    ($element:ty, $($architecture:literal: $level:ident => $name:ident, $kernel:ty, $packed:ident, $features:literal;)*) => {
         impl Operand for $element {
             fn multiply(level: Level, scratch: &mut Scratch<Self::Accumulator>, left: Factor<'_, Self>, right: Factor<'_, Self>) {
                 compiled!(portable, Portable<$element>, floats, );
                 $(
-                    #[cfg(target_arch = "x86_64")]
+                    #[cfg(target_arch = $architecture)]
                     compiled!($name, $kernel, $packed, $features);
-                    #[cfg(target_arch = "x86_64")]
+                    #[cfg(target_arch = $architecture)]
                     if level >= Level::$level {
                         // SAFETY: a level is only reached where its features were found.
                         return unsafe { $name(scratch, left, right) };
@@ -78,19 +80,23 @@ macro_rules! operand {
 }
 
 operand!(f32,
-    Avx512 => avx512, Avx512<f32>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
-    Avx2 => avx2, Avx2<f32>, floats, "avx2,fma,f16c";
+    "x86_64": Avx512 => avx512, Avx512<f32>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
+    "x86_64": Avx2 => avx2, Avx2<f32>, floats, "avx2,fma,f16c";
+    "aarch64": Neon => neon, Neon<f32>, floats, "neon";
 );
 operand!(f64,
-    Avx512 => avx512, Avx512F64, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
-    Avx2 => avx2, Avx2F64, floats, "avx2,fma,f16c";
+    "x86_64": Avx512 => avx512, Avx512F64, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
+    "x86_64": Avx2 => avx2, Avx2F64, floats, "avx2,fma,f16c";
+    "aarch64": Neon => neon, NeonF64, floats, "neon";
 );
 operand!(f16,
-    Avx512 => avx512, Avx512<f16>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
-    Avx2 => avx2, Avx2<f16>, floats, "avx2,fma,f16c";
+    "x86_64": Avx512 => avx512, Avx512<f16>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
+    "x86_64": Avx2 => avx2, Avx2<f16>, floats, "avx2,fma,f16c";
+    "aarch64": Neon => neon, Neon<f16>, floats, "neon";
 );
 operand!(bf16,
-    Avx512Bf16 => avx512_bf16, Avx512Bf16, pairs, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c";
-    Avx512 => avx512, Avx512<bf16>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
-    Avx2 => avx2, Avx2<bf16>, floats, "avx2,fma,f16c";
+    "x86_64": Avx512Bf16 => avx512_bf16, Avx512Bf16, pairs, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c";
+    "x86_64": Avx512 => avx512, Avx512<bf16>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
+    "x86_64": Avx2 => avx2, Avx2<bf16>, floats, "avx2,fma,f16c";
+    "aarch64": Neon => neon, Neon<bf16>, floats, "neon";
 );
