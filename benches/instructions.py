@@ -1,8 +1,9 @@
 """Instructions of every kernel on the portable level, counted by callgrind and compared with instructions.txt.
 
-Counts tell of a slower loop where timings are too noisy to, on any x86-64 machine. They depend on the compiler: the
-file names the release of rustc that it holds for, which is used here whatever else is installed. Instructions of the C
-library (copying, allocating) are left out, since it chooses its own for each processor.
+Counts tell of a slower loop where timings are too noisy to, and are equal on all x86-64 machines with AVX2 (whose F16C
+converts half types). They depend on the compiler: the file names the release of rustc that it holds for, which is used
+here whatever else is installed. Instructions of the C library (copying, allocating) are left out, since it chooses its
+own for each processor.
 """
 
 import argparse

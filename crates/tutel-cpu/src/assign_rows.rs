@@ -52,6 +52,7 @@ pub fn assign_rows<A: Real>(
 ) -> Result<(), Error> {
     let RoutingShape { tokens, experts, top_k } = shape;
     check_len("topk_ids", ids.len(), shape.choices())?;
+    check_ids(ids, experts)?;
     output.check(shape)?;
     let order = priority.map(|priority| service_order(priority, tokens)).transpose()?;
 
@@ -61,7 +62,7 @@ pub fn assign_rows<A: Real>(
         for place in 0..tokens {
             let token = order.as_ref().map_or(place, |order| order[place]);
             let position = token * top_k + choice;
-            if let Some(expert) = expert_of(ids, position, experts)? {
+            if let Ok(expert) = usize::try_from(ids[position]) {
                 slots[position] = i32::try_from(counts[expert]).map_err(|_| Error::SlotOverflow { expert })?;
                 counts[expert] += 1;
             }
@@ -89,16 +90,18 @@ pub fn assign_rows<A: Real>(
     Ok(())
 }
 
-pub(crate) fn expert_of(ids: &[i32], position: usize, experts: usize) -> Result<Option<usize>, Error> {
-    let id = ids[position];
-    match usize::try_from(id) {
-        Ok(expert) if expert < experts => Ok(Some(expert)),
-        _ if i64::from(id) == NOT_ROUTED => Ok(None),
-        _ => {
-            let allowed = format!("-1 (none) and 0 up to, not including, {experts}");
-            Err(Error::Index { argument: "topk_ids", position, value: id.into(), allowed })
-        }
+/// Checks that each id is -1 or names an expert.
+pub(crate) fn check_ids(ids: &[i32], experts: usize) -> Result<(), Error> {
+    let limit = u32::try_from(experts).unwrap_or(u32::MAX);
+    let bad = |id: &i32| id.wrapping_add(1).cast_unsigned() > limit;
+    // Counting vectorises; a search would not.
+    if ids.iter().filter(|id| bad(id)).count() == 0 {
+        return Ok(());
     }
+    ids.iter().position(bad).map_or(Ok(()), |position| {
+        let allowed = format!("-1 (none) and 0 up to, not including, {experts}");
+        Err(Error::Index { argument: "topk_ids", position, value: ids[position].into(), allowed })
+    })
 }
 
 fn service_order<A: Real>(priority: &[A], tokens: usize) -> Result<Vec<usize>, Error> {
