@@ -61,13 +61,15 @@ test-rust: ## run the crates' own tests
 
 # Emulated and checked code is slow: fewer random examples.
 AARCH64 := aarch64-unknown-linux-gnu
-test-aarch64: ## run the tests of tutel-core and tutel-cpu (NEON) on an emulated Arm processor
+test-aarch64: ## run clippy and the tests of tutel-core and tutel-cpu for Arm (NEON), on an emulated processor
 	@echo "== cargo test, emulated aarch64"
 	@$(call where,command -v qemu-aarch64 >/dev/null && test -d /usr/aarch64-linux-gnu/include && \
 		command -v aarch64-linux-gnu-gcc >/dev/null && test -d "$$(rustc --print sysroot)/lib/rustlib/$(AARCH64)",some \
-		of qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross (apt) and $(AARCH64) (rustup target add),$(call cargo_test,aarch64,PROPTEST_CASES=4 cargo test --quiet --locked -p tutel-core -p tutel-cpu --lib --tests \
+		of qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross (apt) and $(AARCH64) (rustup target add),\
+		cargo clippy --quiet --locked -p tutel-core -p tutel-cpu --all-targets --target $(AARCH64) -- -D warnings && \
+		{ $(call cargo_test,aarch64,PROPTEST_CASES=4 cargo test --quiet --locked -p tutel-core -p tutel-cpu --lib --tests \
 			--target $(AARCH64) --config 'target.$(AARCH64).linker = "aarch64-linux-gnu-gcc"' \
-			--config 'target.$(AARCH64).runner = "qemu-aarch64 -L /usr/aarch64-linux-gnu"'))
+			--config 'target.$(AARCH64).runner = "qemu-aarch64 -L /usr/aarch64-linux-gnu"'); })
 
 NIGHTLY ?= nightly
 test-asan: ## run the tests of tutel-cpu with AddressSanitizer on every level, on the toolchain NIGHTLY
