@@ -24,8 +24,8 @@ _HEADER = """\
 # `make instructions` compares, `make instructions-accept` rewrites. The counts hold for this compiler:
 rustc {release}
 """
-# One compiler gives equal counts on every machine so far; what a change costs in passing need not be accepted.
-_TOLERANCE = 0.01
+# One compiler gives equal counts for equal code; but the code of a kernel changes a little with that of its neighbours.
+_TOLERANCE = 0.05
 _MEASURED = "instructions::measured"
 
 

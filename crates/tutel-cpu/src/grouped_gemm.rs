@@ -5,12 +5,12 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use num_traits::Zero;
 use tutel_core::{Error, GroupedShape, check_len, check_offsets};
 
 use crate::arch::{Level, Scratch};
-use crate::disjoint::{Tile, Tiles, fill};
-use crate::operand::{Factor, View};
+use crate::disjoint::{Tiles, fill};
+use crate::epilogue::Epilogue;
+use crate::operand::{Factor, Term, View};
 use crate::parallel::{each_task, worthwhile};
 use crate::{Parallel, Scalar};
 
@@ -33,25 +33,6 @@ pub struct GroupedGemm<'a, T> {
 /// factor over its columns.
 const ROWS: usize = 512;
 const COLUMNS: usize = 2048;
-
-/// Rounds the sums once and writes them, with the bias added before.
-fn write_tile<T: Scalar>(scratch: &Scratch<T::Accumulator>, tile: &mut Tile<'_, MaybeUninit<T>>, bias: Option<&[T]>) {
-    let columns = tile.columns().len();
-    let mut biased = vec![T::Accumulator::zero(); columns];
-    let mut narrow = vec![T::default(); columns];
-    for row in 0..tile.rows().len() {
-        let sums = &scratch.row(row)[..columns];
-        if let Some(bias) = bias {
-            for ((biased, &sum), bias) in biased.iter_mut().zip(sums).zip(bias) {
-                *biased = sum + bias.widen();
-            }
-            T::narrow_slice(&biased, &mut narrow);
-        } else {
-            T::narrow_slice(sums, &mut narrow);
-        }
-        tile.row(row).write_copy_of_slice(&narrow);
-    }
-}
 
 fn blocks_of(range: Range<usize>, block: usize) -> impl Iterator<Item = Range<usize>> {
     let end = range.end;
@@ -118,8 +99,9 @@ pub fn grouped_gemm<T: Scalar>(
             };
             let left = View::block(input.rows, inner, tile.rows(), 0..inner);
             let left = Factor { view: left, transposed: false };
-            T::multiply(level, &mut scratch, left, Factor { view: weight, transposed: input.transposed });
-            write_tile(&scratch, &mut tile, input.bias.map(|bias| &bias[expert * outer..][columns]));
+            let term = Term { left, right: Factor { view: weight, transposed: input.transposed } };
+            let bias = input.bias.map(|bias| &bias[expert * outer..][columns]);
+            T::multiply(level, &mut scratch, &[term], None, &mut Epilogue { output: tile, bias });
         }
     });
     Ok(())
@@ -155,14 +137,14 @@ pub fn grouped_gemm_weight_grad<T: Scalar>(
     each_task(parallel, tiles.len(), &|claimed| {
         let mut scratch = Scratch::new();
         for task in claimed {
-            let mut tile = tiles.take(task);
+            let tile = tiles.take(task);
             let (expert, block) = blocks[tile.row_block].clone();
             let owned = owned[expert].clone();
             let left = View::block(left, inner, owned.clone(), block);
             let right = View::block(right, outer, owned, tile.columns());
             let left = Factor { view: left, transposed: true };
-            T::multiply(level, &mut scratch, left, Factor { view: right, transposed: false });
-            write_tile(&scratch, &mut tile, None);
+            let term = Term { left, right: Factor { view: right, transposed: false } };
+            T::multiply(level, &mut scratch, &[term], None, &mut Epilogue { output: tile, bias: None });
         }
     });
     Ok(())

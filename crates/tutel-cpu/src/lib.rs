@@ -14,6 +14,7 @@ mod combine;
 #[expect(unsafe_code, reason = "the one place where tasks on several threads share an output")]
 pub mod disjoint;
 mod dispatch;
+mod epilogue;
 mod exponential;
 mod grouped_gemm;
 mod grouped_sum;
@@ -40,5 +41,5 @@ pub use select_experts_backward::{SelectBackward, select_experts_backward};
 
 /// What a kernel computes with: f64, f32, bf16 and f16.
 #[expect(private_bounds, reason = "how a type enters a matrix product is this crate's business")]
-pub trait Scalar: operand::Operand<Accumulator: Exponential> {}
-impl<T: operand::Operand<Accumulator: Exponential>> Scalar for T {}
+pub trait Scalar: operand::Operand {}
+impl<T: operand::Operand> Scalar for T {}

@@ -1,30 +1,11 @@
-//! The matrix product of one task, written once over a small [`Kernel`] that a processor's registers implement.
-//!
-//! ```text
-//! for a block of the inner dimension:
-//!     pack that block of the left factor
-//!     for some columns of the right factor:
-//!         pack the block of these into panels of two registers' columns
-//!         for as many rows as the registers hold:
-//!             for each panel: sums[rows, panel] += left[rows, block] right[block, panel]
-//! ```
-//! A sum is made of chains of steps in the order of the inner dimension, one chain a block, so its bits do not depend on
-//! the other rows and columns.
-use std::mem::size_of;
-use std::ops::Range;
+//! What one processor does with elements of one type, and the innermost loop of a product written over it.
+use crate::exponential::Exponential;
+use crate::operand::Operand;
 
-use tutel_core::{Element, Real};
-
-use crate::operand::Factor;
-
-/// Units of the inner dimension that are packed at once: enough for a row's sums to stay in registers for long.
-const BLOCK: usize = 512;
-/// Bytes of the columns of the right factor that are packed at once, so that a block stays in the second-level cache.
-const COLUMN_BYTES: usize = 1024;
-/// Units between packed rows. Rows that lie a power of two apart would fall into the same few sets of the cache.
-const SKEW: usize = 16;
 /// Registers side by side in a panel.
 pub(crate) const VECTORS: usize = 2;
+/// Units of the inner dimension between two announcements of memory.
+pub(crate) const RUN: usize = 64;
 
 /// How one processor multiplies elements of one type.
 ///
@@ -33,194 +14,126 @@ pub(crate) const VECTORS: usize = 2;
 /// function's text says. No alignment is asked for.
 pub(crate) unsafe trait Kernel {
     /// What the factors are stored as.
-    type Element: Element<Accumulator = Self::Sum>;
+    type Element: Operand<Accumulator = Self::Sum>;
     /// What a step takes of one row or column: `DEPTH` elements of the inner dimension.
     type Unit: Copy + Default;
     /// The type of the sums.
-    type Sum: Real;
+    type Sum: Exponential;
     /// `LANES` sums.
     type Register: Copy;
     /// `LANES` units.
     type Factor: Copy;
+    /// 1 or 2.
     const DEPTH: usize;
     const LANES: usize;
     /// Rows that the registers hold at once, at most 14.
     const ROWS: usize;
+    /// Columns of a panel.
+    const PANEL: usize = VECTORS * Self::LANES;
 
     /// `LANES` sums of nothing.
     unsafe fn zero() -> Self::Register;
-    /// Adds to `LANES` sums.
-    unsafe fn add_to(sums: *mut Self::Sum, register: Self::Register);
-    /// Announces [`Kernel::add_to`].
-    unsafe fn prefetch(sums: *const Self::Sum);
+    /// Reads `LANES` sums.
+    unsafe fn load(sums: *const Self::Sum) -> Self::Register;
+    /// Writes `LANES` sums.
+    unsafe fn store(sums: *mut Self::Sum, register: Self::Register);
+    /// Lane by lane.
+    unsafe fn add(left: Self::Register, right: Self::Register) -> Self::Register;
     /// Reads `LANES` units.
     unsafe fn factor(units: *const Self::Unit) -> Self::Factor;
     /// `sum + left * right`, the one unit at `left` for all lanes.
     unsafe fn step(sum: Self::Register, left: *const Self::Unit, right: Self::Factor) -> Self::Register;
+    /// Announces that the memory at an address, which need not be valid, will be read soon (but not next).
+    unsafe fn prefetch<P>(address: *const P);
+    /// The same for memory that is wanted in the first-level cache.
+    unsafe fn prefetch_near<P>(address: *const P);
 
-    /// Writes to `target[c]`, `c < count`, the unit whose elements are `source[c + d * stride]`, `d < depth`; elements
-    /// beyond `depth` are zero.
+    /// Writes to `target[c]`, `c < count`, the unit whose elements are `first[c]` and, where `DEPTH` is 2, `second[c]`; zero
+    /// where there is no second row.
     unsafe fn pack_across(
-        source: *const Self::Element,
-        stride: usize,
-        depth: usize,
+        first: *const Self::Element,
+        second: Option<*const Self::Element>,
         count: usize,
         target: *mut Self::Unit,
     );
     /// Writes to `target[u * target_stride + c]`, `c < count`, `u < depth.div_ceil(DEPTH)`, the unit whose elements are
-    /// `source[c * stride + u * DEPTH + d]`; elements beyond `depth` are zero.
+    /// `source[c * stride + u * DEPTH + d]`; elements beyond `depth` are zero. May announce as much memory as it reads.
     unsafe fn pack_along(
-        source: *const Self::Element,
-        stride: usize,
+        source: Rows<Self::Element>,
         depth: usize,
         count: usize,
         target: *mut Self::Unit,
         target_stride: usize,
+        ahead: &mut Ahead,
     );
 }
 
-/// One worker's packed blocks.
-pub(crate) struct Packed<U> {
-    left: Vec<U>,
-    right: Vec<U>,
+/// Rows in memory: where the first begins and how far apart they are.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rows<T> {
+    pub(crate) first: *const T,
+    pub(crate) stride: usize,
 }
 
-impl<U> Packed<U> {
-    pub(crate) fn new() -> Self {
-        Self { left: Vec::new(), right: Vec::new() }
+/// Packed rows of the left factor, and how far apart the units of one are.
+#[derive(Clone, Copy)]
+pub(crate) struct PackedRows<U> {
+    pub(crate) rows: Rows<U>,
+    pub(crate) step: usize,
+}
+
+/// Memory that a product will read soon, row by row: announced a few cache lines at a time while other work keeps the
+/// processor busy, so that neither waits for the other. Memory is fastest when neighbouring lines are asked for one after
+/// the other, in whatever order they are read.
+pub(crate) struct Ahead {
+    row: *const u8,
+    row_bytes: usize,
+    lines: usize,
+    line: usize,
+    left: usize,
+}
+
+impl Ahead {
+    /// Bytes of a cache line.
+    pub(crate) const LINE: usize = 64;
+
+    pub(crate) fn nothing() -> Self {
+        Self { row: std::ptr::null(), row_bytes: 0, lines: 0, line: 0, left: 0 }
     }
-}
 
-/// Columns of a row of sums: those of the product, rounded up to whole panels.
-pub(crate) fn padded_columns<K: Kernel>(columns: usize) -> usize {
-    columns.next_multiple_of(VECTORS * K::LANES)
-}
+    /// `count` rows of `length` elements.
+    pub(crate) fn new<T>(rows: Rows<T>, count: usize, length: usize) -> Self {
+        let lines = (length * size_of::<T>()).div_ceil(Self::LINE);
+        let row_bytes = rows.stride * size_of::<T>();
+        Self { row: rows.first.cast(), row_bytes, lines, line: 0, left: lines * count }
+    }
 
-/// `sums += left right`: sums have [`padded_columns`] a row, of which the last are garbage.
-///
-/// # Safety
-/// The processor has the kernel's features.
-#[inline(always)]
-pub(crate) unsafe fn product<K: Kernel>(
-    sums: &mut [K::Sum],
-    left: Factor<'_, K::Element>,
-    right: Factor<'_, K::Element>,
-    packed: &mut Packed<K::Unit>,
-) {
-    let (rows, inner, columns) = (left.rows(), left.columns(), right.columns());
-    let stride = padded_columns::<K>(columns);
-    assert_eq!(inner, right.rows(), "inner sizes of a product");
-    assert_eq!(sums.len(), rows * stride, "size of a product");
-    let panel = VECTORS * K::LANES;
-    let block = BLOCK * K::DEPTH;
-    let some_columns = COLUMN_BYTES / size_of::<K::Unit>();
-    const { assert!((COLUMN_BYTES / size_of::<K::Unit>()).is_multiple_of(VECTORS * K::LANES), "whole panels") };
-    for start in (0..inner).step_by(block) {
-        let depth = (inner - start).min(block);
-        let units = depth.div_ceil(K::DEPTH);
-        // SAFETY: the block lies in the factor; features: our caller.
-        let (row_stride, step) = unsafe { pack_left::<K>(left, start, depth, &mut packed.left) };
-        for some in (0..columns).step_by(some_columns) {
-            let some = some..(some + some_columns).min(columns);
-            packed.right.resize(units * padded_columns::<K>(some.len()), K::Unit::default());
-            // SAFETY: the block lies in the factor, and there is room for its panels; features: our caller.
-            unsafe { pack_right::<K>(right, start, depth, some.clone(), &mut packed.right) };
-            for row in (0..rows).step_by(K::ROWS) {
-                let count = K::ROWS.min(rows - row);
-                let left = Rows { first: packed.left[row * row_stride..].as_ptr(), stride: row_stride, step };
-                for first in some.clone().step_by(panel) {
-                    let right = packed.right[(first - some.start) * units..].as_ptr();
-                    let sums = sums[row * stride + first..].as_mut_ptr();
-                    // SAFETY: `count` rows of sums with a panel's columns begin there, `units` rows of the panel at
-                    // `right`, and `count` packed rows of `units` at `left`; features: our caller.
-                    unsafe { step_rows::<K>(count, units, left, right, sums, stride) };
-                }
+    /// How many lines are to be announced at a time so that all are after `times`.
+    pub(crate) fn portion(&self, times: usize) -> usize {
+        self.left.div_ceil(times.max(1))
+    }
+
+    /// Announces some lines.
+    ///
+    /// # Safety
+    /// The processor has the kernel's features.
+    #[inline(always)]
+    pub(crate) unsafe fn announce<K: Kernel>(&mut self, lines: usize) {
+        let lines = lines.min(self.left);
+        for _ in 0..lines {
+            // SAFETY: an announcement may be of any address; features: our caller.
+            unsafe { K::prefetch(self.row.wrapping_add(self.line * Self::LINE)) };
+            self.line += 1;
+            if self.line == self.lines {
+                self.line = 0;
+                self.row = self.row.wrapping_add(self.row_bytes);
             }
         }
+        self.left -= lines;
     }
 }
 
-/// Packed rows: where the first begins, how far apart they are, and how far apart the units of one are.
-#[derive(Clone, Copy)]
-struct Rows<U> {
-    first: *const U,
-    stride: usize,
-    step: usize,
-}
-
-/// Packs a block of the right factor, panel by panel; columns beyond its last are zero.
-#[inline(always)]
-unsafe fn pack_right<K: Kernel>(
-    right: Factor<'_, K::Element>,
-    start: usize,
-    depth: usize,
-    columns: Range<usize>,
-    packed: &mut [K::Unit],
-) {
-    let panel = VECTORS * K::LANES;
-    let units = depth.div_ceil(K::DEPTH);
-    let (offset, columns) = (columns.start, columns.len());
-    if !columns.is_multiple_of(panel) {
-        packed[columns / panel * panel * units..].fill(K::Unit::default());
-    }
-    let stride = right.view.stride();
-    if right.transposed {
-        for first in (0..columns).step_by(panel) {
-            let count = panel.min(columns - first);
-            let source = right.view.pointer(offset + first, start, count, depth);
-            let target = packed[first * units..].as_mut_ptr();
-            // SAFETY: `count` rows of the view with `depth` elements each begin at `source`; a panel of `units` rows
-            // begins at the target; features: our caller.
-            unsafe { K::pack_along(source, stride, depth, count, target, panel) };
-        }
-        return;
-    }
-    // Row by row through all panels: rows of the factor are read in one go.
-    for unit in 0..units {
-        let taken = (depth - unit * K::DEPTH).min(K::DEPTH);
-        for first in (0..columns).step_by(panel) {
-            let count = panel.min(columns - first);
-            let source = right.view.pointer(start + unit * K::DEPTH, offset + first, taken, count);
-            let target = packed[first * units + unit * panel..].as_mut_ptr();
-            // SAFETY: `taken` rows of the view with `count` elements each begin at `source`, and the target has at
-            // least `count`; features: our caller.
-            unsafe { K::pack_across(source, stride, taken, count, target) };
-        }
-    }
-}
-
-/// Packs a block of the left factor; returns how far apart its rows are, and how far apart the units of one are.
-#[inline(always)]
-unsafe fn pack_left<K: Kernel>(
-    left: Factor<'_, K::Element>,
-    start: usize,
-    depth: usize,
-    packed: &mut Vec<K::Unit>,
-) -> (usize, usize) {
-    let count = left.rows();
-    let units = depth.div_ceil(K::DEPTH);
-    let stride = left.view.stride();
-    if left.transposed {
-        packed.resize(units * count, K::Unit::default());
-        for (unit, target) in packed.chunks_exact_mut(count).enumerate().take(units) {
-            let taken = (depth - unit * K::DEPTH).min(K::DEPTH);
-            let source = left.view.pointer(start + unit * K::DEPTH, 0, taken, count);
-            // SAFETY: `taken` rows of the view with `count` elements each begin at `source`, and the target has
-            // `count`; features: our caller.
-            unsafe { K::pack_across(source, stride, taken, count, target.as_mut_ptr()) };
-        }
-        return (1, count);
-    }
-    let row_stride = units + SKEW;
-    packed.resize(row_stride * count, K::Unit::default());
-    for (row, target) in packed.chunks_exact_mut(row_stride).enumerate().take(count) {
-        let source = left.view.pointer(row, start, 1, depth);
-        // SAFETY: one row of the view with `depth` elements begins at `source`; the target has `units`.
-        unsafe { K::pack_along(source, stride, depth, 1, target.as_mut_ptr(), 1) };
-    }
-    (row_stride, 1)
-}
-
+/// Calls `rows_times_panel` with the number of rows as a constant.
 macro_rules! for_count {
     ($count:expr, $kernel:ident, $arguments:tt, $($rows:literal)*) => {
         match $count {
@@ -231,53 +144,96 @@ macro_rules! for_count {
     };
 }
 
+/// Sums of `ROWS` rows and a panel's columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Destination<S> {
+    /// Where chains go on, and where finished sums are left; rows are `PANEL` apart.
+    pub(crate) tile: *mut S,
+    /// Where the sums of several blocks are kept, and how far apart rows are.
+    pub(crate) partial: *mut S,
+    pub(crate) stride: usize,
+    /// Whether chains go on that stand in the tile.
+    pub(crate) continued: bool,
+    /// Whether to add the sums of the blocks before.
+    pub(crate) add_partial: bool,
+    /// Whether to leave the sums for the blocks that follow.
+    pub(crate) to_partial: bool,
+}
+
+/// `sums[i, panel] = sum over u < units of left[i, u] right[u, panel]` for `count` rows, on top of what the destination
+/// tells.
+///
+/// # Safety
+/// `count` rows, between 1 and `ROWS`, with a panel's columns each, at the destination; `units` rows of the panel; `count`
+/// packed rows of as many units; features.
 #[inline(always)]
-unsafe fn step_rows<K: Kernel>(
+pub(crate) unsafe fn step_rows<K: Kernel>(
     count: usize,
     units: usize,
-    left: Rows<K::Unit>,
+    left: PackedRows<K::Unit>,
     right: *const K::Unit,
-    sums: *mut K::Sum,
-    stride: usize,
+    sums: Destination<K::Sum>,
+    ahead: &mut Ahead,
+    portion: usize,
 ) {
     // SAFETY: passed on from our caller.
     unsafe {
-        for_count!(count, K, (units, left, right, sums, stride), 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+        for_count!(count, K, (units, left, right, sums, ahead, portion), 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
     }
 }
 
-/// `sums[i, panel] += sum over u of left[i, u] right[u, panel]`, all sums in registers.
 #[inline(always)]
 unsafe fn rows_times_panel<K: Kernel, const ROWS: usize>(
     units: usize,
-    left: Rows<K::Unit>,
+    left: PackedRows<K::Unit>,
     right: *const K::Unit,
-    sums: *mut K::Sum,
-    stride: usize,
+    sums: Destination<K::Sum>,
+    ahead: &mut Ahead,
+    portion: usize,
 ) {
     // SAFETY: our caller vouches for ROWS rows of sums with a panel's columns, for `units` rows of the panel, for as many
     // units in each packed row, and for the features.
     unsafe {
         // Plain loops: a closure would be a function without the processor's features.
         let mut registers = [[K::zero(); VECTORS]; ROWS];
-        for row in 0..ROWS {
-            for v in 0..VECTORS {
-                K::prefetch(sums.add(row * stride + v * K::LANES));
-            }
-        }
-        for unit in 0..units {
-            let panel = right.add(unit * VECTORS * K::LANES);
-            let right = [K::factor(panel), K::factor(panel.add(K::LANES))];
-            for (row, registers) in registers.iter_mut().enumerate() {
-                let left = left.first.add(row * left.stride + unit * left.step);
-                for (register, right) in registers.iter_mut().zip(right) {
-                    *register = K::step(*register, left, right);
+        if sums.add_partial || sums.to_partial {
+            for row in 0..ROWS {
+                for v in 0..VECTORS {
+                    K::prefetch_near(sums.partial.add(row * sums.stride + v * K::LANES));
                 }
             }
         }
-        for (row, registers) in registers.into_iter().enumerate() {
-            for (v, register) in registers.into_iter().enumerate() {
-                K::add_to(sums.add(row * stride + v * K::LANES), register);
+        if sums.continued {
+            for (row, registers) in registers.iter_mut().enumerate() {
+                for (v, register) in registers.iter_mut().enumerate() {
+                    *register = K::load(sums.tile.add(row * K::PANEL + v * K::LANES));
+                }
+            }
+        }
+        for start in (0..units).step_by(RUN) {
+            ahead.announce::<K>(portion);
+            for unit in start..units.min(start + RUN) {
+                let panel = right.add(unit * K::PANEL);
+                let right = [K::factor(panel), K::factor(panel.add(K::LANES))];
+                for (row, registers) in registers.iter_mut().enumerate() {
+                    let left = left.rows.first.add(row * left.rows.stride + unit * left.step);
+                    for (register, right) in registers.iter_mut().zip(right) {
+                        *register = K::step(*register, left, right);
+                    }
+                }
+            }
+        }
+        if sums.add_partial {
+            for (row, registers) in registers.iter_mut().enumerate() {
+                for (v, register) in registers.iter_mut().enumerate() {
+                    *register = K::add(K::load(sums.partial.add(row * sums.stride + v * K::LANES)), *register);
+                }
+            }
+        }
+        let (target, stride) = if sums.to_partial { (sums.partial, sums.stride) } else { (sums.tile, K::PANEL) };
+        for (row, registers) in registers.iter().enumerate() {
+            for (v, &register) in registers.iter().enumerate() {
+                K::store(target.add(row * stride + v * K::LANES), register);
             }
         }
     }

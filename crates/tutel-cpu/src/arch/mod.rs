@@ -7,12 +7,14 @@
 
 #[cfg(target_arch = "aarch64")]
 mod aarch64;
+mod choose;
 mod kernel;
 mod level;
+mod pack;
 mod portable;
 mod product;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+pub(crate) use choose::Scratch;
 pub use level::{Level, UnknownLevel};
-pub(crate) use product::Scratch;

@@ -4,7 +4,8 @@ use std::marker::PhantomData;
 use num_traits::Zero;
 use tutel_core::Element;
 
-use super::kernel::Kernel;
+use super::kernel::{Ahead, Kernel, Rows};
+use crate::operand::Operand;
 
 /// Any element type, in its accumulator.
 pub(crate) struct Portable<T>(PhantomData<T>);
@@ -12,7 +13,7 @@ pub(crate) struct Portable<T>(PhantomData<T>);
 const LANES: usize = 8;
 
 // SAFETY: needs no features.
-unsafe impl<T: Element> Kernel for Portable<T> {
+unsafe impl<T: Operand> Kernel for Portable<T> {
     type Element = T;
     type Unit = T::Accumulator;
     type Sum = T::Accumulator;
@@ -27,15 +28,26 @@ unsafe impl<T: Element> Kernel for Portable<T> {
         [T::Accumulator::zero(); LANES]
     }
     #[inline(always)]
-    unsafe fn add_to(sums: *mut T::Accumulator, register: Self::Register) {
+    unsafe fn load(sums: *const T::Accumulator) -> Self::Register {
         // SAFETY: our caller vouches for LANES sums; arrays ask for no more alignment than their elements.
-        let sums = unsafe { &mut *sums.cast::<Self::Register>() };
-        for (sum, value) in sums.iter_mut().zip(register) {
-            *sum += value;
-        }
+        unsafe { sums.cast::<Self::Register>().read() }
     }
     #[inline(always)]
-    unsafe fn prefetch(_sums: *const T::Accumulator) {}
+    unsafe fn store(sums: *mut T::Accumulator, register: Self::Register) {
+        // SAFETY: as for `load`.
+        unsafe { sums.cast::<Self::Register>().write(register) }
+    }
+    #[inline(always)]
+    unsafe fn add(mut left: Self::Register, right: Self::Register) -> Self::Register {
+        for (left, right) in left.iter_mut().zip(right) {
+            *left += right;
+        }
+        left
+    }
+    #[inline(always)]
+    unsafe fn prefetch<P>(_address: *const P) {}
+    #[inline(always)]
+    unsafe fn prefetch_near<P>(_address: *const P) {}
     #[inline(always)]
     unsafe fn factor(units: *const T::Accumulator) -> Self::Factor {
         // SAFETY: our caller vouches for LANES units.
@@ -51,19 +63,20 @@ unsafe impl<T: Element> Kernel for Portable<T> {
         sum
     }
     #[inline(always)]
-    unsafe fn pack_across(source: *const T, _stride: usize, depth: usize, count: usize, target: *mut T::Accumulator) {
+    unsafe fn pack_across(first: *const T, _second: Option<*const T>, count: usize, target: *mut T::Accumulator) {
         // SAFETY: our caller vouches for `count` elements and as many units.
-        unsafe { widen(source, count * depth, target) }
+        unsafe { widen(first, count, target) }
     }
     #[inline(always)]
     unsafe fn pack_along(
-        source: *const T,
-        stride: usize,
+        source: Rows<T>,
         depth: usize,
         count: usize,
         target: *mut T::Accumulator,
         target_stride: usize,
+        _ahead: &mut Ahead,
     ) {
+        let Rows { first: source, stride } = source;
         if count == 1 && target_stride == 1 {
             // SAFETY: one row of `depth` elements, and as many units.
             return unsafe { widen(source, depth, target) };
@@ -96,21 +109,26 @@ pub(crate) unsafe fn widen<T: Element>(source: *const T, count: usize, target: *
 macro_rules! packed_portably {
     ($element:ty, $unit:ty) => {
         #[inline(always)]
-        unsafe fn pack_across(source: *const $element, stride: usize, depth: usize, count: usize, target: *mut $unit) {
+        unsafe fn pack_across(
+            first: *const $element,
+            second: Option<*const $element>,
+            count: usize,
+            target: *mut $unit,
+        ) {
             // SAFETY: passed on from our caller.
-            unsafe { Portable::<$element>::pack_across(source, stride, depth, count, target) }
+            unsafe { Portable::<$element>::pack_across(first, second, count, target) }
         }
         #[inline(always)]
         unsafe fn pack_along(
-            source: *const $element,
-            stride: usize,
+            source: Rows<$element>,
             depth: usize,
             count: usize,
             target: *mut $unit,
             target_stride: usize,
+            ahead: &mut Ahead,
         ) {
             // SAFETY: passed on from our caller.
-            unsafe { Portable::<$element>::pack_along(source, stride, depth, count, target, target_stride) }
+            unsafe { Portable::<$element>::pack_along(source, depth, count, target, target_stride, ahead) }
         }
     };
 }

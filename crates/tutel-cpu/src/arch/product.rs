@@ -1,102 +1,237 @@
-//! Which kernel computes a product: chosen once an operator, by the level of the processor.
-use half::{bf16, f16};
+//! The matrix product of one task.
+//!
+//! ```text
+//! for a block of the inner dimension:
+//!     pack that block of the left factor
+//!     for some columns of the right factor:
+//!         pack the block of these into panels of two registers' columns
+//!         for as many rows as the registers hold:
+//!             for each panel: sums[rows, panel] = left[rows, block] right[block, panel]
+//!                             add the sums of the blocks before; give them to the epilogue after the last
+//! ```
+//! A sum is made of chains of steps in the order of the inner dimension, one chain a block, so its bits do not depend on
+//! the other rows and columns. With few rows, packing is most of the work and the right factor comes from memory: then
+//! a block is packed and multiplied in chunks that stay in the first-level cache, and the chains go on from chunk to chunk.
+use std::ops::Range;
+
 use num_traits::Zero;
 
-#[cfg(target_arch = "aarch64")]
-use super::aarch64::neon::{Neon, NeonF64};
-use super::kernel::{Kernel, Packed, padded_columns, product};
-use super::level::Level;
-use super::portable::Portable;
-#[cfg(target_arch = "x86_64")]
-use super::x86_64::{
-    avx2::{Avx2, Avx2F64},
-    avx512::{Avx512, Avx512F64},
-    avx512_bf16::Avx512Bf16,
-};
-use crate::operand::{Factor, Operand};
+use super::kernel::{Ahead, Destination, Kernel, PackedRows, RUN, Rows, step_rows};
+use super::pack::{pack_left, pack_right};
+use crate::epilogue::Epilogue;
+use crate::operand::{Factor, Term};
 
-/// One worker's memory for products of elements whose accumulator is `A`.
-pub(crate) struct Scratch<A> {
-    /// `[rows, columns]` of the last product, [`Scratch::stride`] a row.
-    sums: Vec<A>,
-    stride: usize,
-    floats: Packed<A>,
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only bf16 of x86-64 is multiplied in pairs"))]
-    pairs: Packed<u32>,
+/// Units of the inner dimension in a block: enough for a row's sums to stay in registers for long.
+const BLOCK: usize = 512;
+/// Units and columns that are packed at once where rows are few. Transposed, each column is read from one place on; else a
+/// row is, and wants to be read in long pieces.
+const CHUNK: usize = 16;
+const CHUNK_COLUMNS: usize = 256;
+const TRANSPOSED_CHUNK: usize = 128;
+/// Chunks that are announced before they are packed.
+const CHUNKS_AHEAD: usize = 2;
+/// Bytes of the columns of the right factor that are packed at once, so that two blocks, this and the one announced, stay
+/// in the second-level cache.
+const COLUMN_BYTES: usize = 512;
+
+/// One worker's memory for products whose sums are `A` and whose units are `U`.
+pub(crate) struct Packed<U> {
+    left: Vec<U>,
+    right: Vec<U>,
 }
 
-impl<A: Zero + Copy> Scratch<A> {
+impl<U> Packed<U> {
     pub(crate) fn new() -> Self {
-        Self { sums: Vec::new(), stride: 0, floats: Packed::new(), pairs: Packed::new() }
-    }
-
-    /// One row of the last product, some columns longer than that.
-    pub(crate) fn row(&self, row: usize) -> &[A] {
-        &self.sums[row * self.stride..(row + 1) * self.stride]
-    }
-
-    fn clear(&mut self, rows: usize, stride: usize) {
-        self.stride = stride;
-        self.sums.clear();
-        self.sums.resize(rows * stride, A::zero());
+        Self { left: Vec::new(), right: Vec::new() }
     }
 }
 
-/// A product by one kernel, compiled for its features.
-macro_rules! compiled {
-    ($name:ident, $kernel:ty, $packed:ident, $($features:literal)?) => {
-        $(#[target_feature(enable = $features)])?
-        unsafe fn $name(
-            scratch: &mut Scratch<<$kernel as Kernel>::Sum>,
-            left: Factor<'_, <$kernel as Kernel>::Element>,
-            right: Factor<'_, <$kernel as Kernel>::Element>,
-        ) {
-            scratch.clear(left.rows(), padded_columns::<$kernel>(right.columns()));
-            // SAFETY: this function has the kernel's features, which our caller vouches for.
-            unsafe { product::<$kernel>(&mut scratch.sums, left, right, &mut scratch.$packed) }
-        }
+/// One worker's memory for sums.
+pub(crate) struct Sums<A> {
+    /// Of the rows and columns that are computed at once.
+    tile: Vec<A>,
+    /// Of the blocks before, where there are several.
+    partial: Vec<A>,
+}
+
+impl<A> Sums<A> {
+    pub(crate) fn new() -> Self {
+        Self { tile: Vec::new(), partial: Vec::new() }
+    }
+}
+
+/// What is packed at once of the right factor, and multiplied: columns of a chunk of a block.
+#[derive(Clone)]
+struct Step {
+    term: usize,
+    block: Range<usize>,
+    chunk: Range<usize>,
+    columns: Range<usize>,
+}
+
+/// The blocks of all terms, in the order in which they are added.
+fn blocks<K: Kernel>(terms: &[Term<'_, K::Element>]) -> Vec<(usize, Range<usize>)> {
+    let length = BLOCK * K::DEPTH;
+    let of_term = |(index, term): (usize, &Term<'_, K::Element>)| {
+        let inner = term.right.rows();
+        (0..inner).step_by(length).map(move |start| (index, start..inner.min(start + length)))
     };
+    terms.iter().enumerate().flat_map(of_term).collect()
 }
 
-macro_rules! operand {
-    ($element:ty, $($architecture:literal: $level:ident => $name:ident, $kernel:ty, $packed:ident, $features:literal;)*) => {
-        impl Operand for $element {
-            fn multiply(level: Level, scratch: &mut Scratch<Self::Accumulator>, left: Factor<'_, Self>, right: Factor<'_, Self>) {
-                compiled!(portable, Portable<$element>, floats, );
-                $(
-                    #[cfg(target_arch = $architecture)]
-                    compiled!($name, $kernel, $packed, $features);
-                    #[cfg(target_arch = $architecture)]
-                    if level >= Level::$level {
-                        // SAFETY: a level is only reached where its features were found.
-                        return unsafe { $name(scratch, left, right) };
+fn steps<K: Kernel>(terms: &[Term<'_, K::Element>], block: &(usize, Range<usize>), few: bool) -> Vec<Step> {
+    let right = terms[block.0].right;
+    let (width, chunk) = match (few, right.transposed) {
+        (false, _) => (COLUMN_BYTES / size_of::<K::Unit>(), BLOCK),
+        (true, false) => (CHUNK_COLUMNS, CHUNK),
+        (true, true) => (K::PANEL, TRANSPOSED_CHUNK),
+    };
+    let chunk = chunk * K::DEPTH;
+    let columns = right.columns();
+    let mut steps = Vec::new();
+    for column in (0..columns).step_by(width) {
+        for start in block.1.clone().step_by(chunk) {
+            let chunk = start..block.1.end.min(start + chunk);
+            let columns = column..columns.min(column + width);
+            steps.push(Step { term: block.0, block: block.1.clone(), chunk, columns });
+        }
+    }
+    steps
+}
+
+/// The memory of a block of a right factor.
+fn memory<E>(right: Factor<'_, E>, depth: Range<usize>, columns: Range<usize>) -> Ahead {
+    let (row, column) = if right.transposed { (columns, depth) } else { (depth, columns) };
+    match right.view.stride() {
+        Some(stride) if !row.is_empty() && !column.is_empty() => {
+            let first = right.view.pointer(row.start, column.start, row.len(), column.len());
+            Ahead::new(Rows { first, stride }, row.len(), column.len())
+        }
+        _ => Ahead::nothing(),
+    }
+}
+
+/// Gives the epilogue the sum of the terms' products.
+///
+/// # Safety
+/// The processor has the kernel's features.
+#[inline(always)]
+pub(crate) unsafe fn product<K: Kernel>(
+    sums: &mut Sums<K::Sum>,
+    packed: &mut Packed<K::Unit>,
+    terms: &[Term<'_, K::Element>],
+    next: Option<Factor<'_, K::Element>>,
+    epilogue: &mut Epilogue<'_, K::Element>,
+) {
+    let (rows, columns) = (terms[0].left.rows(), terms[0].right.columns());
+    for term in terms {
+        assert_eq!(term.left.columns(), term.right.rows(), "inner sizes of a product");
+        assert_eq!((term.left.rows(), term.right.columns()), (rows, columns), "sizes of terms");
+    }
+    const {
+        assert!((COLUMN_BYTES / size_of::<K::Unit>()).is_multiple_of(K::PANEL), "whole panels");
+        assert!(CHUNK_COLUMNS.is_multiple_of(K::PANEL), "whole panels");
+    }
+    let blocks = blocks::<K>(terms);
+    if rows == 0 || columns == 0 {
+        return;
+    }
+    if blocks.is_empty() {
+        for (row, column) in (0..rows).flat_map(|row| (0..columns).step_by(K::PANEL).map(move |column| (row, column))) {
+            sums.tile.clear();
+            sums.tile.resize(K::PANEL, K::Sum::zero());
+            finish::<K>(epilogue, row, column, columns, &mut sums.tile);
+        }
+        return;
+    }
+    let few = rows <= K::ROWS;
+    let stride = columns.next_multiple_of(K::PANEL);
+    sums.tile.resize(K::ROWS * if few { CHUNK_COLUMNS } else { K::PANEL }, K::Sum::zero());
+    if blocks.len() > 1 {
+        sums.partial.resize(rows * stride, K::Sum::zero());
+    }
+    for (position, block) in blocks.iter().enumerate() {
+        let (first, last) = (position == 0, position + 1 == blocks.len());
+        let steps = steps::<K>(terms, block, few);
+        let after = match blocks.get(position + 1) {
+            Some(block) => Some((terms[block.0].right, block.1.clone())),
+            None => next.map(|next| (next, 0..next.rows().min(BLOCK * K::DEPTH))),
+        };
+        // SAFETY: the block lies in the factor; features: our caller.
+        let left = unsafe { pack_left::<K>(terms[block.0].left, block.1.clone(), &mut packed.left) };
+        for (index, step) in steps.iter().enumerate() {
+            let right = terms[step.term].right;
+            let units = step.chunk.len().div_ceil(K::DEPTH);
+            let columns_of = |right: Factor<'_, _>| 0..right.columns().min(step.columns.len());
+            let mut ahead = match (steps.get(index + if few { CHUNKS_AHEAD } else { 1 }), &after) {
+                (Some(step), _) => memory(right, step.chunk.clone(), step.columns.clone()),
+                (None, Some((right, depth))) => memory(*right, depth.clone(), columns_of(*right)),
+                (None, None) => Ahead::nothing(),
+            };
+            packed.right.resize(units * step.columns.len().next_multiple_of(K::PANEL), K::Unit::default());
+            // With many rows, the memory has been announced while the step before was computed.
+            let mut none = Ahead::nothing();
+            let meanwhile = if few { &mut ahead } else { &mut none };
+            // SAFETY: features: our caller.
+            unsafe { pack_right::<K>(right, step.chunk.clone(), step.columns.clone(), meanwhile, &mut packed.right) };
+            let calls = rows.div_ceil(K::ROWS) * step.columns.len().div_ceil(K::PANEL);
+            let portion = if few { 0 } else { ahead.portion(calls * units.div_ceil(RUN)) };
+            let done = (step.chunk.start - step.block.start) / K::DEPTH;
+            for row in (0..rows).step_by(K::ROWS) {
+                let count = K::ROWS.min(rows - row);
+                let offset = row * left.rows.stride + done * left.step;
+                // SAFETY: the packed block has these rows and units.
+                let from = unsafe { left.rows.first.add(offset) };
+                let left = PackedRows { rows: Rows { first: from, stride: left.rows.stride }, step: left.step };
+                for column in step.columns.clone().step_by(K::PANEL) {
+                    let panel = column - step.columns.start;
+                    let tile = if few { &mut sums.tile[panel * K::ROWS..] } else { &mut sums.tile[..] };
+                    let tile = &mut tile[..K::ROWS * K::PANEL];
+                    let whole = step.chunk.end == step.block.end;
+                    let to_partial = whole && !last;
+                    let add_partial = whole && !first;
+                    let partial = if to_partial || add_partial {
+                        sums.partial[row * stride + column..(row + count) * stride].as_mut_ptr()
+                    } else {
+                        std::ptr::null_mut()
+                    };
+                    let destination = Destination {
+                        tile: tile.as_mut_ptr(),
+                        partial,
+                        stride,
+                        continued: done > 0,
+                        add_partial,
+                        to_partial,
+                    };
+                    let right = packed.right[panel * units..].as_ptr();
+                    // SAFETY: the tile has ROWS rows of a panel's columns and so have, from that column on, the partial
+                    // sums of `count` rows; `units` rows of the panel are at `right`, and `count` packed rows of `units`
+                    // at `left`; features: our caller.
+                    unsafe { step_rows::<K>(count, units, left, right, destination, &mut ahead, portion) };
+                    if whole && last {
+                        finish::<K>(epilogue, row, column, columns, &mut tile[..count * K::PANEL]);
                     }
-                )*
-                // SAFETY: needs no features.
-                unsafe { portable(scratch, left, right) }
+                }
             }
         }
-    };
+    }
 }
 
-operand!(f32,
-    "x86_64": Avx512 => avx512, Avx512<f32>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
-    "x86_64": Avx2 => avx2, Avx2<f32>, floats, "avx2,fma,f16c";
-    "aarch64": Neon => neon, Neon<f32>, floats, "neon";
-);
-operand!(f64,
-    "x86_64": Avx512 => avx512, Avx512F64, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
-    "x86_64": Avx2 => avx2, Avx2F64, floats, "avx2,fma,f16c";
-    "aarch64": Neon => neon, NeonF64, floats, "neon";
-);
-operand!(f16,
-    "x86_64": Avx512 => avx512, Avx512<f16>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
-    "x86_64": Avx2 => avx2, Avx2<f16>, floats, "avx2,fma,f16c";
-    "aarch64": Neon => neon, Neon<f16>, floats, "neon";
-);
-operand!(bf16,
-    "x86_64": Avx512Bf16 => avx512_bf16, Avx512Bf16, pairs, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c";
-    "x86_64": Avx512 => avx512, Avx512<bf16>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
-    "x86_64": Avx2 => avx2, Avx2<bf16>, floats, "avx2,fma,f16c";
-    "aarch64": Neon => neon, Neon<bf16>, floats, "neon";
-);
+/// Gives the epilogue rows of finished sums.
+#[inline(always)]
+fn finish<K: Kernel>(
+    epilogue: &mut Epilogue<'_, K::Element>,
+    row: usize,
+    column: usize,
+    columns: usize,
+    tile: &mut [K::Sum],
+) {
+    for (i, sums) in tile.chunks_exact_mut(K::PANEL).enumerate() {
+        // Twice, once with a length that the compiler knows.
+        if columns - column >= K::PANEL {
+            epilogue.finish(row + i, column, &mut sums[..K::PANEL]);
+        } else {
+            epilogue.finish(row + i, column, &mut sums[..columns - column]);
+        }
+    }
+}

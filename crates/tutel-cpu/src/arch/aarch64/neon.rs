@@ -3,12 +3,12 @@ use std::arch::aarch64::{
     float32x4_t, float64x2_t, vaddq_f32, vaddq_f64, vdupq_n_f32, vdupq_n_f64, vfmaq_n_f32, vfmaq_n_f64, vld1q_f32,
     vld1q_f64, vst1q_f32, vst1q_f64,
 };
+use std::arch::asm;
 use std::marker::PhantomData;
 
-use tutel_core::Element;
-
-use crate::arch::kernel::Kernel;
+use crate::arch::kernel::{Ahead, Kernel, Rows};
 use crate::arch::portable::{Portable, packed_portably};
+use crate::operand::Operand;
 
 /// Elements whose accumulator is f32.
 pub(crate) struct Neon<T>(PhantomData<T>);
@@ -33,13 +33,30 @@ macro_rules! float_kernel {
             unsafe { $set(0.0) }
         }
         #[inline(always)]
-        unsafe fn add_to(sums: *mut $sum, register: $register) {
+        unsafe fn load(sums: *const $sum) -> $register {
             // SAFETY: our caller vouches for LANES sums and for the features.
-            unsafe { $store(sums, $add($load(sums), register)) }
+            unsafe { $load(sums) }
         }
         #[inline(always)]
-        unsafe fn prefetch(_sums: *const $sum) {
-            // There is no stable intrinsic for it.
+        unsafe fn store(sums: *mut $sum, register: $register) {
+            // SAFETY: our caller vouches for LANES sums and for the features.
+            unsafe { $store(sums, register) }
+        }
+        #[inline(always)]
+        unsafe fn add(left: $register, right: $register) -> $register {
+            // SAFETY: our caller vouches for the features.
+            unsafe { $add(left, right) }
+        }
+        // The intrinsic for announcements is not stable.
+        #[inline(always)]
+        unsafe fn prefetch<P>(address: *const P) {
+            // SAFETY: an announcement of any address, which changes nothing that a program sees.
+            unsafe { asm!("prfm pldl2keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly)) }
+        }
+        #[inline(always)]
+        unsafe fn prefetch_near<P>(address: *const P) {
+            // SAFETY: as above.
+            unsafe { asm!("prfm pldl1keep, [{}]", in(reg) address, options(nostack, preserves_flags, readonly)) }
         }
         #[inline(always)]
         unsafe fn factor(units: *const $sum) -> $register {
@@ -55,7 +72,7 @@ macro_rules! float_kernel {
 }
 
 // SAFETY: needs neon.
-unsafe impl<T: Element<Accumulator = f32>> Kernel for Neon<T> {
+unsafe impl<T: Operand<Accumulator = f32>> Kernel for Neon<T> {
     type Element = T;
     float_kernel!(f32, float32x4_t, 4, vdupq_n_f32, vld1q_f32, vst1q_f32, vaddq_f32, vfmaq_n_f32);
 

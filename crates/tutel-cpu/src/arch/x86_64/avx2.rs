@@ -6,15 +6,31 @@ use std::arch::x86_64::{
 };
 use std::marker::PhantomData;
 
-use tutel_core::Element;
-
-use crate::arch::kernel::Kernel;
+use crate::arch::kernel::{Ahead, Kernel, Rows};
 use crate::arch::portable::{Portable, packed_portably};
+use crate::operand::Operand;
 
 /// Elements whose accumulator is f32.
 pub(crate) struct Avx2<T>(PhantomData<T>);
 /// f64.
 pub(crate) struct Avx2F64;
+
+/// Announcements of memory, the same in every kernel.
+macro_rules! prefetched {
+    () => {
+        #[inline(always)]
+        unsafe fn prefetch<P>(address: *const P) {
+            // SAFETY: an announcement of any address; every x86-64 processor has it.
+            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn prefetch_near<P>(address: *const P) {
+            // SAFETY: as above.
+            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast()) }
+        }
+    };
+}
+pub(super) use prefetched;
 
 /// The functions of [`Kernel`] that one register type of floats has in every kernel.
 macro_rules! float_kernel {
@@ -33,15 +49,21 @@ macro_rules! float_kernel {
             unsafe { $zero() }
         }
         #[inline(always)]
-        unsafe fn add_to(sums: *mut $sum, register: $register) {
+        unsafe fn load(sums: *const $sum) -> $register {
             // SAFETY: our caller vouches for LANES sums and for the features.
-            unsafe { $store(sums, $add($load(sums), register)) }
+            unsafe { $load(sums) }
         }
         #[inline(always)]
-        unsafe fn prefetch(sums: *const $sum) {
-            // SAFETY: our caller vouches for the features.
-            unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(sums.cast()) }
+        unsafe fn store(sums: *mut $sum, register: $register) {
+            // SAFETY: our caller vouches for LANES sums and for the features.
+            unsafe { $store(sums, register) }
         }
+        #[inline(always)]
+        unsafe fn add(left: $register, right: $register) -> $register {
+            // SAFETY: our caller vouches for the features.
+            unsafe { $add(left, right) }
+        }
+        prefetched!();
         #[inline(always)]
         unsafe fn factor(units: *const $sum) -> $register {
             // SAFETY: our caller vouches for LANES units and for the features.
@@ -57,7 +79,7 @@ macro_rules! float_kernel {
 pub(super) use float_kernel;
 
 // SAFETY: needs avx2, fma, f16c.
-unsafe impl<T: Element<Accumulator = f32>> Kernel for Avx2<T> {
+unsafe impl<T: Operand<Accumulator = f32>> Kernel for Avx2<T> {
     type Element = T;
     float_kernel!(
         f32,

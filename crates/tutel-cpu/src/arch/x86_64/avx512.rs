@@ -5,12 +5,11 @@ use std::arch::x86_64::{
 };
 use std::marker::PhantomData;
 
-use tutel_core::Element;
-
-use super::avx2::float_kernel;
+use super::avx2::{float_kernel, prefetched};
 use super::transpose::transpose_units;
-use crate::arch::kernel::{Kernel, VECTORS};
+use crate::arch::kernel::{Ahead, Kernel, Rows};
 use crate::arch::portable::{Portable, packed_portably, widen};
+use crate::operand::Operand;
 
 /// Elements whose accumulator is f32.
 pub(crate) struct Avx512<T>(PhantomData<T>);
@@ -18,7 +17,7 @@ pub(crate) struct Avx512<T>(PhantomData<T>);
 pub(crate) struct Avx512F64;
 
 // SAFETY: needs avx512f, f16c.
-unsafe impl<T: Element<Accumulator = f32>> Kernel for Avx512<T> {
+unsafe impl<T: Operand<Accumulator = f32>> Kernel for Avx512<T> {
     type Element = T;
     float_kernel!(
         f32,
@@ -34,45 +33,48 @@ unsafe impl<T: Element<Accumulator = f32>> Kernel for Avx512<T> {
     );
 
     #[inline(always)]
-    unsafe fn pack_across(source: *const T, stride: usize, depth: usize, count: usize, target: *mut f32) {
+    unsafe fn pack_across(first: *const T, second: Option<*const T>, count: usize, target: *mut f32) {
         // SAFETY: passed on from our caller; elements that are their own accumulator are f32.
         unsafe {
-            if T::IS_ACCUMULATOR && count == VECTORS * Self::LANES {
-                let source = source.cast::<f32>();
+            if T::IS_ACCUMULATOR && count == Self::PANEL {
+                let source = first.cast::<f32>();
                 for column in [0, Self::LANES] {
                     _mm512_storeu_ps(target.add(column), _mm512_loadu_ps(source.add(column)));
                 }
             } else {
-                Portable::<T>::pack_across(source, stride, depth, count, target);
+                Portable::<T>::pack_across(first, second, count, target);
             }
         }
     }
     #[inline(always)]
     unsafe fn pack_along(
-        source: *const T,
-        stride: usize,
+        source: Rows<T>,
         depth: usize,
         count: usize,
         target: *mut f32,
         target_stride: usize,
+        ahead: &mut Ahead,
     ) {
         // SAFETY: passed on from our caller. Where elements are f32, their bits are moved as they are; other types are
         // widened row by row into a small square first.
         unsafe {
             if count == 1 && target_stride == 1 {
-                widen(source, depth, target);
+                widen(source.first, depth, target);
             } else if T::IS_ACCUMULATOR {
-                transpose_units(source.cast(), stride, depth, count, target.cast(), target_stride);
+                let source = Rows { first: source.first.cast(), stride: source.stride };
+                transpose_units::<Self>(source, depth, count, target.cast(), target_stride, ahead);
             } else {
                 const SQUARE: usize = 64;
                 let mut rows = [[0f32; SQUARE]; 32];
                 for start in (0..depth).step_by(SQUARE) {
                     let taken = SQUARE.min(depth - start);
                     for (column, row) in rows.iter_mut().enumerate().take(count) {
-                        widen(source.add(column * stride + start), taken, row.as_mut_ptr());
+                        ahead.announce::<Self>((taken * size_of::<T>()).div_ceil(Ahead::LINE));
+                        widen(source.first.add(column * source.stride + start), taken, row.as_mut_ptr());
                     }
                     let target = target.add(start * target_stride).cast();
-                    transpose_units(rows.as_ptr().cast(), SQUARE, taken, count, target, target_stride);
+                    let rows = Rows { first: rows.as_ptr().cast(), stride: SQUARE };
+                    transpose_units::<Self>(rows, taken, count, target, target_stride, &mut Ahead::nothing());
                 }
             }
         }

@@ -1,15 +1,16 @@
 //! `AVX512_BF16`: a step multiplies pairs of bf16 and adds both products to an f32 sum.
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_loadu_si256, _mm512_add_ps, _mm512_cvtepu16_epi32,
-    _mm512_dpbf16_ps, _mm512_loadu_epi32, _mm512_loadu_ps, _mm512_or_si512, _mm512_set1_epi32, _mm512_setzero_ps,
-    _mm512_slli_epi32, _mm512_storeu_epi32, _mm512_storeu_ps,
+    __m512, __m512bh, __m512i, _mm256_loadu_si256, _mm512_add_ps, _mm512_cvtepu16_epi32, _mm512_dpbf16_ps,
+    _mm512_loadu_epi32, _mm512_loadu_ps, _mm512_or_si512, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_slli_epi32,
+    _mm512_storeu_epi32, _mm512_storeu_ps,
 };
 use std::mem::transmute;
 
 use half::bf16;
 
+use super::avx2::prefetched;
 use super::transpose::transpose_units;
-use crate::arch::kernel::Kernel;
+use crate::arch::kernel::{Ahead, Kernel, Rows};
 
 pub(crate) struct Avx512Bf16;
 
@@ -36,15 +37,21 @@ unsafe impl Kernel for Avx512Bf16 {
         unsafe { _mm512_setzero_ps() }
     }
     #[inline(always)]
-    unsafe fn add_to(sums: *mut f32, register: __m512) {
+    unsafe fn load(sums: *const f32) -> __m512 {
         // SAFETY: our caller vouches for LANES sums and for the features.
-        unsafe { _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), register)) }
+        unsafe { _mm512_loadu_ps(sums) }
     }
     #[inline(always)]
-    unsafe fn prefetch(sums: *const f32) {
-        // SAFETY: our caller vouches for the features.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(sums.cast()) }
+    unsafe fn store(sums: *mut f32, register: __m512) {
+        // SAFETY: our caller vouches for LANES sums and for the features.
+        unsafe { _mm512_storeu_ps(sums, register) }
     }
+    #[inline(always)]
+    unsafe fn add(left: __m512, right: __m512) -> __m512 {
+        // SAFETY: our caller vouches for the features.
+        unsafe { _mm512_add_ps(left, right) }
+    }
+    prefetched!();
     #[inline(always)]
     unsafe fn factor(units: *const u32) -> __m512bh {
         // SAFETY: our caller vouches for LANES units and for the features; both types are 512 plain bits.
@@ -60,46 +67,43 @@ unsafe impl Kernel for Avx512Bf16 {
         }
     }
     #[inline(always)]
-    unsafe fn pack_across(source: *const bf16, stride: usize, depth: usize, count: usize, target: *mut u32) {
-        // SAFETY: our caller vouches for `depth` rows of `count` elements and for `count` units, and for the features; the
-        // targets are initialised buffers of the packing code.
+    unsafe fn pack_across(first: *const bf16, second: Option<*const bf16>, count: usize, target: *mut u32) {
+        // SAFETY: our caller vouches for rows of `count` elements and for `count` units, and for the features; the targets
+        // are initialised buffers of the packing code.
         unsafe {
-            if depth == 2 && count.is_multiple_of(Self::LANES) {
-                for column in (0..count).step_by(Self::LANES) {
-                    let first = _mm512_cvtepu16_epi32(_mm256_loadu_si256(source.add(column).cast()));
-                    let second = _mm512_cvtepu16_epi32(_mm256_loadu_si256(source.add(stride + column).cast()));
-                    let units = _mm512_or_si512(first, _mm512_slli_epi32::<16>(second));
-                    _mm512_storeu_epi32(target.add(column).cast(), units);
+            let Some(second) = second else {
+                for column in 0..count {
+                    target.add(column).write(unit(*first.add(column), bf16::ZERO));
                 }
                 return;
+            };
+            let whole = count / Self::LANES * Self::LANES;
+            for column in (0..whole).step_by(Self::LANES) {
+                let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(first.add(column).cast()));
+                let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(second.add(column).cast()));
+                let units = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
+                _mm512_storeu_epi32(target.add(column).cast(), units);
             }
-            let target = std::slice::from_raw_parts_mut(target, count);
-            let first = std::slice::from_raw_parts(source, count);
-            if depth == 2 {
-                let second = std::slice::from_raw_parts(source.add(stride), count);
-                for ((target, &first), &second) in target.iter_mut().zip(first).zip(second) {
-                    *target = unit(first, second);
-                }
-            } else {
-                for (target, &first) in target.iter_mut().zip(first) {
-                    *target = unit(first, bf16::ZERO);
-                }
+            for column in whole..count {
+                target.add(column).write(unit(*first.add(column), *second.add(column)));
             }
         }
     }
     #[inline(always)]
     unsafe fn pack_along(
-        source: *const bf16,
-        stride: usize,
+        source: Rows<bf16>,
         depth: usize,
         count: usize,
         target: *mut u32,
         target_stride: usize,
+        ahead: &mut Ahead,
     ) {
+        let Rows { first: source, stride } = source;
         let whole = depth / 2;
         if stride.is_multiple_of(2) && count > 1 {
+            let rows = Rows { first: source.cast(), stride: stride / 2 };
             // SAFETY: rows are whole numbers of units apart, which are moved as 32 bits; features: our caller.
-            unsafe { transpose_units(source.cast(), stride / 2, whole, count, target, target_stride) };
+            unsafe { transpose_units::<Self>(rows, whole, count, target, target_stride, ahead) };
         } else {
             for column in 0..count {
                 for u in 0..whole {

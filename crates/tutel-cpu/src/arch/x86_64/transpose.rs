@@ -4,27 +4,33 @@ use std::arch::x86_64::{
     _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
+use crate::arch::kernel::{Ahead, Kernel, Rows};
+
 const SIDE: usize = 16;
 
-/// `target[u * target_stride + c] = source[c * stride + u]` for `c < count`, `u < depth`.
+/// `target[u * target_stride + c] = source[c * stride + u]` for `c < count`, `u < depth`. Announces as much
+/// memory as it reads.
 ///
 /// # Safety
 /// `count` rows of `depth` units are at `source`, room for `depth` rows of `count` units at `target`; avx512f.
 #[inline(always)]
-pub(crate) unsafe fn transpose_units(
-    source: *const u32,
-    stride: usize,
+pub(crate) unsafe fn transpose_units<K: Kernel>(
+    source: Rows<u32>,
     depth: usize,
     count: usize,
     target: *mut u32,
     target_stride: usize,
+    ahead: &mut Ahead,
 ) {
+    let Rows { first: source, stride } = source;
     for column in (0..count).step_by(SIDE) {
         for unit in (0..depth).step_by(SIDE) {
             let whole = column + SIDE <= count && unit + SIDE <= depth;
             // SAFETY: the square's first unit lies in both; a whole square lies in them entirely.
             let (source, target) =
                 unsafe { (source.add(column * stride + unit), target.add(unit * target_stride + column)) };
+            // SAFETY: features: our caller. Each row of a square is a cache line.
+            unsafe { ahead.announce::<K>(SIDE) };
             if whole {
                 // SAFETY: a whole square of 16 by 16 units; features: our caller.
                 unsafe { transpose_square(source, stride, target, target_stride) };
