@@ -39,8 +39,9 @@ setup: $(INSTALLED) ## create .venv, build the wheel and install it there; repea
 demo: setup ## train the helloworld layer on whatever device is there
 	@$(RUN) -m tutel.examples.helloworld --batch_size=2 --num_steps=10
 
+KERNELS := test-aarch64 test-asan test-valgrind instructions
 # The last line printed is pytest's count.
-test: setup lint test-rust test-aarch64 test-asan test-valgrind instructions test-wheel test-python ## run every check, with the wheel as users get it
+test: setup lint test-rust $(KERNELS) test-wheel test-python ## run every check, with the wheel as users get it
 
 lint: setup ## check formatting, lints, types, stubs, documentation and licences
 	@echo "== rust: fmt, clippy, doc, deny"
