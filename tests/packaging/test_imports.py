@@ -36,12 +36,18 @@ CRATES = {
     "torch-stable": set[str](),
     "tutel-core": set[str](),
     "tutel-cpu": {"tutel-core"},
+    "tutel-moe": {"tutel-core", "tutel-cpu"},
     "tutel-torch": {"tutel-core", "tutel-cpu", "torch-stable"},
 }
 #: Crates from outside that have one home each.
 HOMES = {"libloading": "torch-stable", "pyo3": "tutel-torch"}
 
-MAY_BE_UNSAFE = ("crates/torch-stable/src/", "crates/tutel-cpu/src/arch/", "crates/tutel-cpu/src/disjoint.rs")
+MAY_BE_UNSAFE = (
+    "crates/torch-stable/src/",
+    "crates/tutel-cpu/src/arch/",
+    "crates/tutel-cpu/src/disjoint.rs",
+    "crates/tutel-cpu/src/owned.rs",
+)
 
 
 @dataclass(frozen=True)

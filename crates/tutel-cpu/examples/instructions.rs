@@ -35,12 +35,20 @@ fn products<T: Scalar>(element: &str) {
     let (weight, bias) = (values::<T>(experts * inner * outer), values::<T>(experts * outer));
     let mut output = room(rows * outer);
     for (kernel, transposed) in [("grouped_gemm", false), ("grouped_gemm_transposed", true)] {
-        let input = GroupedGemm { rows: &left, weight: &weight, bias: Some(&bias), offsets: &offsets, transposed };
+        let input = GroupedGemm {
+            rows: (&left).into(),
+            weight: &weight,
+            second: None,
+            bias: Some(&bias),
+            offsets: &offsets,
+            transposed,
+        };
         measure(kernel, element, || tutel_cpu::grouped_gemm(input, shape, &mut output, &Serial).unwrap());
     }
     let mut grad = room(weight.len());
     measure("grouped_gemm_weight_grad", element, || {
-        tutel_cpu::grouped_gemm_weight_grad(&left, &right, &offsets, shape, &mut grad, &Serial).unwrap();
+        let (left, right) = ((&left).into(), (&right).into());
+        tutel_cpu::grouped_gemm_weight_grad(left, right, &offsets, shape, &mut grad, &Serial).unwrap();
     });
     let mut sums = room(experts * inner);
     measure("grouped_sum", element, || {

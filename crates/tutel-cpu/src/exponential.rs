@@ -5,18 +5,24 @@ use tutel_core::Real;
 pub trait Exponential: Real {
     /// exp(x) for x <= 0, NaN for NaN. Results below the smallest normal number are 0.
     fn exp_of_nonpositive(self) -> Self;
+    /// The normal distribution's cumulative function, without the cancellation that 1 + erf would have for negative
+    /// arguments.
+    fn normal_cumulative(self) -> Self;
 }
 
 impl Exponential for f64 {
     fn exp_of_nonpositive(self) -> f64 {
         self.exp()
     }
+    fn normal_cumulative(self) -> f64 {
+        0.5 * libm::erfc(-self * std::f64::consts::FRAC_1_SQRT_2)
+    }
 }
 
 impl Exponential for f32 {
     /// exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where the Taylor polynomial of degree 7 is
     /// exact to 5e-9. Branch-free, so that a loop over it vectorises.
-    #[inline]
+    #[inline(always)]
     fn exp_of_nonpositive(self) -> f32 {
         // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the mantissa.
         const ROUNDER: f32 = 12_582_912.0;
@@ -33,6 +39,32 @@ impl Exponential for f32 {
         let power_of_two = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
         let result = polynomial * power_of_two;
         if self < LEAST { 0.0 } else { result }
+    }
+
+    /// By erfc(z) = t exp(-z² + P(t)), t = 1 / (1 + z / 2), for z >= 0 (Press et al., Numerical Recipes, 6.2), whose relative
+    /// error is below 1.2e-7. Branch-free.
+    #[inline(always)]
+    fn normal_cumulative(self) -> f32 {
+        const COEFFICIENTS: [f32; 10] = [
+            0.170_872_77,
+            -0.822_152_2,
+            1.488_515_9,
+            -1.135_204,
+            0.278_868_07,
+            -0.186_288_06,
+            0.096_784_18,
+            0.374_091_96,
+            1.000_023_7,
+            -1.265_512_2,
+        ];
+        let z = self.abs() * std::f32::consts::FRAC_1_SQRT_2;
+        let t = 1.0 / (1.0 + 0.5 * z);
+        let mut polynomial = 0.0;
+        for coefficient in COEFFICIENTS {
+            polynomial = polynomial * t + coefficient;
+        }
+        let tail = 0.5 * t * (polynomial - z * z).exp_of_nonpositive();
+        if self < 0.0 { tail } else { 1.0 - tail }
     }
 }
 

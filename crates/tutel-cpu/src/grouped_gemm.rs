@@ -8,47 +8,59 @@ use std::ops::Range;
 use tutel_core::{Error, GroupedShape, check_len, check_offsets};
 
 use crate::arch::{Level, Scratch};
-use crate::disjoint::{Tiles, fill};
+use crate::cut::Cut;
+use crate::disjoint::{Tile, fill};
 use crate::epilogue::Epilogue;
 use crate::operand::{Factor, Term, View};
 use crate::parallel::{each_task, worthwhile};
+use crate::rows::RowsOf;
 use crate::{Parallel, Scalar};
 
 /// Inputs of [`grouped_gemm`].
 #[derive(Debug, Clone, Copy)]
 pub struct GroupedGemm<'a, T> {
     /// `[R, inner]`, expert by expert.
-    pub rows: &'a [T],
+    pub rows: RowsOf<'a, T>,
     /// `[E, inner, outer]`, or `[E, outer, inner]` when `transposed`.
     pub weight: &'a [T],
+    /// A second product of the same sizes, added to the first before anything is rounded.
+    pub second: Option<(RowsOf<'a, T>, &'a [T])>,
     /// `[E, outer]`, added to each row.
     pub bias: Option<&'a [T]>,
     /// `[E + 1]`: expert e owns rows `offsets[e]..offsets[e + 1]`.
     pub offsets: &'a [i64],
-    /// The layout of `weight`.
+    /// The layout of the weights.
     pub transposed: bool,
 }
 
-/// Rows and columns of a tile at most. Packing a block of the right factor pays over a tile's rows, packing one of the left
-/// factor over its columns.
-const ROWS: usize = 512;
-const COLUMNS: usize = 2048;
-
-fn blocks_of(range: Range<usize>, block: usize) -> impl Iterator<Item = Range<usize>> {
-    let end = range.end;
-    range.step_by(block).map(move |start| start..start.saturating_add(block).min(end))
+/// One matrix an expert.
+#[derive(Clone, Copy)]
+pub(crate) struct Weights<'a, T> {
+    pub(crate) data: &'a [T],
+    pub(crate) inner: usize,
+    pub(crate) outer: usize,
+    pub(crate) transposed: bool,
 }
 
-/// Columns of a tile: halved while there are fewer tiles than processors have cores to feed.
-fn column_block(row_blocks: usize, columns: usize) -> usize {
-    const ENOUGH_TILES: usize = 32;
-    // Narrower ones would read a weight's rows in pieces too short for the processor's prefetching.
-    const LEAST: usize = 256;
-    let mut block = COLUMNS;
-    while block > LEAST && row_blocks * columns.div_ceil(block) < ENOUGH_TILES {
-        block /= 2;
+impl<'a, T> Weights<'a, T> {
+    /// Some columns of an expert's matrix.
+    pub(crate) fn factor(&self, expert: usize, columns: Range<usize>) -> Factor<'a, T> {
+        let Self { data, inner, outer, transposed } = *self;
+        let matrix = &data[expert * inner * outer..(expert + 1) * inner * outer];
+        let view = if transposed {
+            View::block(matrix, inner, columns, 0..inner)
+        } else {
+            View::block(matrix, outer, 0..inner, columns)
+        };
+        Factor { view, transposed }
     }
-    block
+}
+
+/// Fills a tile of rows that no expert owns.
+pub(crate) fn fill_tile<T: Scalar>(tile: &mut Tile<'_, MaybeUninit<T>>) {
+    for row in 0..tile.rows().len() {
+        fill(tile.row(row), T::default());
+    }
 }
 
 /// `output[r] = rows[r] W_e + bias[e]` for the expert e that owns row r; zero for rows behind the last offset.
@@ -62,46 +74,47 @@ pub fn grouped_gemm<T: Scalar>(
     parallel: &dyn Parallel,
 ) -> Result<(), Error> {
     let GroupedShape { experts, rows, inner, outer } = shape;
-    check_len("rows", input.rows.len(), rows * inner)?;
+    input.rows.check("rows", rows, inner)?;
     check_len("weight", input.weight.len(), experts * inner * outer)?;
     check_len("output", output.len(), rows * outer)?;
+    if let Some((second, weight)) = input.second {
+        second.check("second rows", rows, inner)?;
+        check_len("second weight", weight.len(), experts * inner * outer)?;
+    }
     if let Some(bias) = input.bias {
         check_len("bias", bias.len(), experts * outer)?;
     }
     let owned = check_offsets(input.offsets, experts, rows)?;
-    let last = owned.last().map_or(0, |range| range.end);
-    let mut row_blocks: Vec<(Option<usize>, Range<usize>)> = Vec::new();
-    for (expert, range) in owned.into_iter().enumerate() {
-        row_blocks.extend(blocks_of(range, ROWS).map(|block| (Some(expert), block)));
-    }
-    row_blocks.extend(blocks_of(last..rows, ROWS).map(|block| (None, block)));
-
-    let column_block = column_block(row_blocks.len(), outer);
-    let tiles = Tiles::new(output, outer, row_blocks.iter().map(|(_, rows)| rows.clone()).collect(), column_block);
+    let cut = Cut::new(owned, rows, outer);
+    let tiles = cut.tiles(output);
     let level = Level::current();
-    let parallel = worthwhile(parallel, rows.saturating_mul(inner).saturating_mul(outer));
-    each_task(parallel, tiles.len(), &|claimed| {
+    let weights = |data| Weights { data, inner, outer, transposed: input.transposed };
+    let next = |task: usize| {
+        let (owner, _, columns) = cut.tile(task);
+        owner.map(|expert| weights(input.weight).factor(expert, columns))
+    };
+    each_task(worthwhile(parallel, rows.saturating_mul(inner).saturating_mul(outer)), cut.len(), &|claimed| {
         let mut scratch = Scratch::new();
-        for task in claimed {
+        let mut claimed = claimed.peekable();
+        while let Some(task) = claimed.next() {
             let mut tile = tiles.take(task);
-            let Some(expert) = row_blocks[tile.row_block].0 else {
-                for row in 0..tile.rows().len() {
-                    fill(tile.row(row), T::default());
-                }
+            let (Some(expert), rows, columns) = cut.tile(task) else {
+                fill_tile(&mut tile);
                 continue;
             };
-            let columns = tile.columns();
-            let weight = &input.weight[expert * inner * outer..(expert + 1) * inner * outer];
-            let weight = if input.transposed {
-                View::block(weight, inner, columns.clone(), 0..inner)
-            } else {
-                View::block(weight, outer, 0..inner, columns.clone())
-            };
-            let left = View::block(input.rows, inner, tile.rows(), 0..inner);
-            let left = Factor { view: left, transposed: false };
-            let term = Term { left, right: Factor { view: weight, transposed: input.transposed } };
-            let bias = input.bias.map(|bias| &bias[expert * outer..][columns]);
-            T::multiply(level, &mut scratch, &[term], None, &mut Epilogue { output: tile, bias });
+            let left = input.rows.factor(inner, rows.clone(), 0..inner);
+            let first = Term { left, right: weights(input.weight).factor(expert, columns.clone()) };
+            let bias = input.bias.map(|bias| &bias[expert * outer..][columns.clone()]);
+            let mut epilogue = Epilogue::Rows { output: tile, bias };
+            let next = claimed.peek().and_then(|&task| next(task));
+            match input.second {
+                None => T::multiply(level, &mut scratch, &[first], next, &mut epilogue),
+                Some((source, data)) => {
+                    let left = source.factor(inner, rows, 0..inner);
+                    let second = Term { left, right: weights(data).factor(expert, columns) };
+                    T::multiply(level, &mut scratch, &[first, second], next, &mut epilogue);
+                }
+            }
         }
     });
     Ok(())
@@ -113,38 +126,36 @@ pub fn grouped_gemm<T: Scalar>(
 /// # Errors
 /// Lengths that do not agree with the shape, offsets that do not ascend within the rows.
 pub fn grouped_gemm_weight_grad<T: Scalar>(
-    left: &[T],
-    right: &[T],
+    left: RowsOf<'_, T>,
+    right: RowsOf<'_, T>,
     offsets: &[i64],
     shape: GroupedShape,
     output: &mut [MaybeUninit<T>],
     parallel: &dyn Parallel,
 ) -> Result<(), Error> {
     let GroupedShape { experts, rows, inner, outer } = shape;
-    check_len("left", left.len(), rows * inner)?;
-    check_len("right", right.len(), rows * outer)?;
+    left.check("left", rows, inner)?;
+    right.check("right", rows, outer)?;
     check_len("output", output.len(), experts * inner * outer)?;
     let owned = check_offsets(offsets, experts, rows)?;
-    // Row blocks of the output seen as one [E * inner, outer] matrix.
-    let mut blocks: Vec<(usize, Range<usize>)> = Vec::new();
-    for expert in 0..experts {
-        blocks.extend(blocks_of(0..inner, ROWS).map(|block| (expert, block)));
-    }
-    let matrix_rows = blocks.iter().map(|(e, block)| e * inner + block.start..e * inner + block.end).collect();
-    let tiles = Tiles::new(output, outer, matrix_rows, column_block(blocks.len(), outer));
+    // The output is one [E * inner, outer] matrix.
+    let cut = Cut::new((0..experts).map(|e| e * inner..(e + 1) * inner), experts * inner, outer);
+    let tiles = cut.tiles(output);
     let level = Level::current();
-    let parallel = worthwhile(parallel, rows.saturating_mul(inner).saturating_mul(outer));
-    each_task(parallel, tiles.len(), &|claimed| {
+    each_task(worthwhile(parallel, rows.saturating_mul(inner).saturating_mul(outer)), cut.len(), &|claimed| {
         let mut scratch = Scratch::new();
         for task in claimed {
-            let tile = tiles.take(task);
-            let (expert, block) = blocks[tile.row_block].clone();
-            let owned = owned[expert].clone();
-            let left = View::block(left, inner, owned.clone(), block);
-            let right = View::block(right, outer, owned, tile.columns());
-            let left = Factor { view: left, transposed: true };
-            let term = Term { left, right: Factor { view: right, transposed: false } };
-            T::multiply(level, &mut scratch, &[term], None, &mut Epilogue { output: tile, bias: None });
+            let output = tiles.take(task);
+            let (Some(expert), matrix_rows, columns) = cut.tile(task) else {
+                unreachable!("every row of the output is some expert's");
+            };
+            let block = matrix_rows.start - expert * inner..matrix_rows.end - expert * inner;
+            let left = left.factor(inner, owned[expert].clone(), block);
+            let term = Term {
+                left: Factor { transposed: true, ..left },
+                right: right.factor(outer, owned[expert].clone(), columns),
+            };
+            T::multiply(level, &mut scratch, &[term], None, &mut Epilogue::Rows { output, bias: None });
         }
     });
     Ok(())

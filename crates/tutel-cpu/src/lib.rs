@@ -5,12 +5,15 @@
 //! every element of them is written exactly once. Arguments are checked first: a kernel either refuses them with a
 //! [`tutel_core::Error`] and has written nothing, or succeeds.
 //!
-//! `unsafe` stands in [`disjoint`] (writes from several threads) and in `arch` (calls below Rust's checks) only.
+//! `unsafe` stands in [`disjoint`] (writes from several threads), [`owned`] (outputs that become vectors) and `arch`
+//! (calls below Rust's checks) only.
 #![deny(unsafe_code)]
 
+mod activation;
 mod arch;
 mod assign_rows;
 mod combine;
+mod cut;
 #[expect(unsafe_code, reason = "the one place where tasks on several threads share an output")]
 pub mod disjoint;
 mod dispatch;
@@ -18,14 +21,19 @@ mod epilogue;
 mod exponential;
 mod grouped_gemm;
 mod grouped_sum;
+mod hidden;
 mod lanes;
 mod operand;
+#[expect(unsafe_code, reason = "the one place where what a kernel has written becomes a vector")]
+pub mod owned;
 mod padded_rows;
 mod parallel;
 mod prefix_count;
+mod rows;
 mod select_experts;
 mod select_experts_backward;
 
+pub use activation::Activation;
 pub use arch::{Level, UnknownLevel};
 pub use assign_rows::{AssignOutput, assign_rows};
 pub use combine::{combine, row_dot};
@@ -33,9 +41,11 @@ pub use dispatch::dispatch;
 pub use exponential::Exponential;
 pub use grouped_gemm::{GroupedGemm, grouped_gemm, grouped_gemm_weight_grad};
 pub use grouped_sum::grouped_sum;
+pub use hidden::{Hidden, HiddenGrad, HiddenGradOutput, HiddenOutput, hidden, hidden_grad};
 pub use padded_rows::padded_rows;
 pub use parallel::{Parallel, ScopedThreads, Serial};
 pub use prefix_count::{Along, prefix_count};
+pub use rows::RowsOf;
 pub use select_experts::{SelectOutput, select_experts};
 pub use select_experts_backward::{SelectBackward, select_experts_backward};
 

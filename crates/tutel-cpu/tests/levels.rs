@@ -34,7 +34,14 @@ fn inner_product<T: Scalar>(row: &[T], column: &[T]) -> T {
     const COLUMNS: usize = 64;
     let weight: Vec<T> = column.iter().flat_map(|&value| [value; COLUMNS]).collect();
     let shape = GroupedShape::new(1, 1, row.len(), COLUMNS).unwrap();
-    let input = GroupedGemm { rows: row, weight: &weight, bias: None, offsets: &[0, 1], transposed: false };
+    let input = GroupedGemm {
+        rows: row.into(),
+        weight: &weight,
+        second: None,
+        bias: None,
+        offsets: &[0, 1],
+        transposed: false,
+    };
     let products = written(COLUMNS, |output| tutel_cpu::grouped_gemm(input, shape, output, &Serial).unwrap());
     assert!(products.iter().all(|product| *product == products[0]), "{products:?}");
     products[0]

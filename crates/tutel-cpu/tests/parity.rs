@@ -271,7 +271,14 @@ fn a_token_alone_has_the_bits_it_has_in_a_batch() {
         let count = rows.len() / inner;
         let shape = GroupedShape::new(1, count, inner, outer).unwrap();
         let offsets = [0, count as i64];
-        let input = GroupedGemm { rows, weight: &weight, bias: None, offsets: &offsets, transposed: true };
+        let input = GroupedGemm {
+            rows: rows.into(),
+            weight: &weight,
+            second: None,
+            bias: None,
+            offsets: &offsets,
+            transposed: true,
+        };
         written(count * outer, |output| tutel_cpu::grouped_gemm(input, shape, output, &Serial).unwrap())
     };
     on_levels(|_| {

@@ -55,13 +55,20 @@ fn products<T: Scalar>() {
     let shape = GroupedShape::new(2, 3, 4, 5).unwrap();
     let (rows, right, weight, bias) = (zeros::<T>(12), zeros::<T>(15), zeros::<T>(40), zeros::<T>(10));
     let offsets = [0, 1, 3];
-    let good = GroupedGemm { rows: &rows, weight: &weight, bias: Some(&bias), offsets: &offsets, transposed: false };
+    let good = GroupedGemm {
+        rows: (&rows).into(),
+        weight: &weight,
+        second: None,
+        bias: Some(&bias),
+        offsets: &offsets,
+        transposed: false,
+    };
     let gemm = |input: GroupedGemm<'_, T>, len| {
         refusal(Guarded::<T>::new(len), |output| tutel_cpu::grouped_gemm(input, shape, output, &Serial))
     };
     for transposed in [false, true] {
         let good = GroupedGemm { transposed, ..good };
-        assert_eq!(gemm(GroupedGemm { rows: &rows[1..], ..good }, 15), "rows has 11 elements, expected 12");
+        assert_eq!(gemm(GroupedGemm { rows: rows[1..].into(), ..good }, 15), "rows has 11 elements, expected 12");
         assert_eq!(gemm(GroupedGemm { weight: &weight[1..], ..good }, 15), "weight has 39 elements, expected 40");
         assert_eq!(gemm(GroupedGemm { bias: Some(&bias[1..]), ..good }, 15), "bias has 9 elements, expected 10");
         assert_eq!(gemm(good, 16), "output has 16 elements, expected 15");
@@ -72,7 +79,7 @@ fn products<T: Scalar>() {
 
     let grad = |left: &[T], right: &[T], offsets: &[i64], len| {
         refusal(Guarded::<T>::new(len), |output| {
-            tutel_cpu::grouped_gemm_weight_grad(left, right, offsets, shape, output, &Serial)
+            tutel_cpu::grouped_gemm_weight_grad(left.into(), right.into(), offsets, shape, output, &Serial)
         })
     };
     assert_eq!(grad(&rows[1..], &right, &offsets, 40), "left has 11 elements, expected 12");

@@ -65,15 +65,17 @@ pub(crate) fn on_levels(mut run: impl FnMut(Level)) {
     }
 }
 
-/// Runs a kernel on every level with 1, 2 and 4 threads, asks for equal bits of these, and gives each level's result to a
-/// check.
+/// Runs a kernel with 1, 2 and 4 threads and asks for equal bits.
+pub(crate) fn on_threads<R: PartialEq>(run: impl Fn(&dyn Parallel) -> R) -> R {
+    let one = run(&Serial);
+    assert!(one == run(&ScopedThreads(2)), "2 threads give other bits");
+    assert!(one == run(&ScopedThreads(4)), "4 threads give other bits");
+    one
+}
+
+/// Runs a kernel on every level, see [`on_threads`], and gives each level's result to a check.
 pub(crate) fn on_levels_and_threads<R: PartialEq>(run: impl Fn(&dyn Parallel) -> R, check: impl Fn(R)) {
-    on_levels(|_| {
-        let one = run(&Serial);
-        assert!(one == run(&ScopedThreads(2)), "2 threads give other bits");
-        assert!(one == run(&ScopedThreads(4)), "4 threads give other bits");
-        check(one);
-    });
+    on_levels(|_| check(on_threads(&run)));
 }
 
 pub(crate) fn check_grouped<T: Scalar>(
@@ -96,7 +98,7 @@ pub(crate) fn check_grouped<T: Scalar>(
 
     let naive = rounded::<T>(&reference::grouped_gemm(&left, &weight, bias, offsets, shape, transposed));
     let truth = reference::grouped_gemm(&exact_left, &exact_weight, exact_bias, offsets, shape, transposed);
-    let input = GroupedGemm { rows: &left, weight: &weight, bias, offsets, transposed };
+    let input = GroupedGemm { rows: (&left).into(), weight: &weight, second: None, bias, offsets, transposed };
     on_levels_and_threads(
         |parallel| written(rows * outer, |output| tutel_cpu::grouped_gemm(input, shape, output, parallel).unwrap()),
         |product| assert_close::<T>("grouped_gemm", &wide(&product), &naive, &truth),
@@ -107,7 +109,8 @@ pub(crate) fn check_grouped<T: Scalar>(
     on_levels_and_threads(
         |parallel| {
             written(experts * inner * outer, |output| {
-                tutel_cpu::grouped_gemm_weight_grad(&left, &right, offsets, shape, output, parallel).unwrap();
+                tutel_cpu::grouped_gemm_weight_grad((&left).into(), (&right).into(), offsets, shape, output, parallel)
+                    .unwrap();
             })
         },
         |grad| assert_close::<T>("weight_grad", &wide(&grad), &naive, &truth),

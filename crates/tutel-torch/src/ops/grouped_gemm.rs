@@ -33,8 +33,9 @@ fn grouped_gemm<T: TorchScalar>(
     let shape = GroupedShape::new(experts, num_rows, inner, outer).map_err(refused)?;
     let mut output = UninitTensor::<T>::new(&[num_rows, outer], rows.device())?;
     let input = tutel_cpu::GroupedGemm::<T> {
-        rows: slice_of(&rows, "rows")?,
+        rows: slice_of(&rows, "rows")?.into(),
         weight: slice_of(&weight, "weight")?,
+        second: None,
         bias: optional_slice(bias.as_ref(), "bias", &[experts, outer])?,
         offsets: slice_of(&offsets, "offsets")?,
         transposed,

@@ -30,8 +30,8 @@ fn weight_grad<T: TorchScalar>((left, right, offsets): <GroupedGemmWeightGrad as
     let shape = GroupedShape::new(experts, rows, inner, outer).map_err(refused)?;
     let mut output = UninitTensor::<T>::new(&[experts, inner, outer], left.device())?;
     tutel_cpu::grouped_gemm_weight_grad(
-        slice_of::<T>(&left, "left")?,
-        slice_of::<T>(&right, "right")?,
+        slice_of::<T>(&left, "left")?.into(),
+        slice_of::<T>(&right, "right")?.into(),
         slice_of(&offsets, "offsets")?,
         shape,
         output.as_uninit_mut()?,
