@@ -4,7 +4,10 @@ use std::mem::MaybeUninit;
 
 use half::{bf16, f16};
 use tutel_core::{Element, GroupedShape, Real, RoutingShape, RowShape, ScoreFunction, reference};
-use tutel_cpu::{Along, AssignOutput, GroupedGemm, Level, Scalar, SelectBackward, SelectOutput, Serial};
+use tutel_cpu::{
+    Activation, Along, AssignOutput, GroupedGemm, Hidden, HiddenGrad, HiddenGradOutput, HiddenOutput, Level, Scalar,
+    SelectBackward, SelectOutput, Serial,
+};
 
 /// What is counted. A function of its own, which the counting tool finds by its name.
 #[inline(never)]
@@ -53,6 +56,50 @@ fn products<T: Scalar>(element: &str) {
     let mut sums = room(experts * inner);
     measure("grouped_sum", element, || {
         tutel_cpu::grouped_sum(&left, &offsets, (rows, inner), &mut sums, &Serial).unwrap();
+    });
+}
+
+fn experts<T: Scalar>(element: &str) {
+    let shape = GroupedShape::new(3, 100, 130, 150).unwrap();
+    let GroupedShape { experts, rows, inner, outer } = shape;
+    let (offsets, size) = ([0, 60, 61, 99], rows * outer);
+    let (tokens, grads) = (values::<T>(rows * inner), values::<T>(rows * inner));
+    let (weight, value_weight) = (values::<T>(experts * inner * outer), values::<T>(experts * inner * outer));
+    let input = Hidden {
+        rows: (&tokens).into(),
+        weight: &weight,
+        bias: None,
+        value_weight: Some(&value_weight),
+        offsets: &offsets,
+        transposed: true,
+        activation: Activation::Silu,
+    };
+    let (mut hidden, mut pre, mut value) = (room(size), room(size), room(size));
+    measure("hidden", element, || {
+        let output = HiddenOutput { hidden: &mut hidden, pre: Some(&mut pre), value: Some(&mut value) };
+        tutel_cpu::hidden(input, shape, output, &Serial).unwrap();
+    });
+    let (pre, value) = (values::<T>(size), values::<T>(size));
+    let weights = values::<T::Accumulator>(rows);
+    let input = HiddenGrad {
+        grad: (&grads).into(),
+        weight: &weight,
+        offsets: &offsets,
+        transposed: false,
+        activation: Activation::Silu,
+        pre: &pre,
+        value: Some(&value),
+        weights: Some(&weights),
+    };
+    let (mut grad_pre, mut grad_value, mut dots) = (room(size), room(size), room(rows));
+    measure("hidden_grad", element, || {
+        let output = HiddenGradOutput {
+            grad_pre: &mut grad_pre,
+            grad_value: Some(&mut grad_value),
+            hidden: Some(&mut hidden),
+            dots: Some(&mut dots),
+        };
+        tutel_cpu::hidden_grad(&input, shape, output, &Serial).unwrap();
     });
 }
 
@@ -161,6 +208,6 @@ fn main() {
             $kernels::<f16>("f16");
         )* };
     }
-    every_type!(products selection rows);
+    every_type!(products experts selection rows);
     plans();
 }
