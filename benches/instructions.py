@@ -110,7 +110,7 @@ def count(program: str) -> dict[str, int]:
 def compare(recorded: dict[str, int], counts: dict[str, int]) -> int:
     """Print every difference beyond the tolerance; give 1 where something costs more or is not recorded."""
     failed = recorded.keys() != counts.keys()
-    for name in [*recorded, *(counts.keys() - recorded.keys())]:
+    for name in dict.fromkeys([*recorded, *counts]):
         before, after = recorded.get(name), counts.get(name)
         if before is None or after is None:
             print(f"  {name}: {before or 'not recorded'} before, {after or 'not counted'} now")
