@@ -18,27 +18,38 @@ INSTALLED := $(VENV)/.installed
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint test-rust test-python matrix test-wheel wheel bench develop freeze clean
+.PHONY: help setup demo test lint test-rust test-python matrix test-wheel wheel bench develop freeze clean \
+	test-aarch64 test-asan test-valgrind instructions instructions-accept
+
+# $(call where,condition,what is missing without it,commands): commands that need what only some machines have. They are
+# skipped elsewhere, which is an error in CI.
+where = if $(1); then $(3); elif [ "$$CI" = true ]; then echo "$(2) is missing" >&2; exit 1; \
+	else echo "skipped: $(2) is missing"; fi
+
+# $(call cargo_test,name of the log,command): run tests and say no more than how many passed, unless one fails.
+cargo_test = mkdir -p target; $(2) >target/$(1).log 2>&1 || { cat target/$(1).log; exit 1; }; \
+	awk '/^test result/ { passed += $$4; ignored += $$8 } END { print passed " passed, " ignored " ignored" }' \
+		target/$(1).log
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-19s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## create .venv, build the wheel and install it there; repeats only what has changed
 
 demo: setup ## train the helloworld layer on whatever device is there
 	@$(RUN) -m tutel.examples.helloworld --batch_size=2 --num_steps=10
 
+KERNELS := test-aarch64 test-asan test-valgrind instructions
 # The last line printed is pytest's count.
-test: setup lint test-rust test-wheel test-python ## run every check, with the wheel as users get it
+test: setup lint test-rust $(KERNELS) test-wheel test-python ## run every check, with the wheel as users get it
 
 lint: setup ## check formatting, lints, types, stubs, documentation and licences
 	@echo "== rust: fmt, clippy, doc, deny"
 	@cargo fmt --all --check
 	@cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
 	@RUSTDOCFLAGS="-D warnings" cargo doc --quiet --locked --workspace --no-deps --document-private-items
-	@if cargo deny --version >/dev/null 2>&1; then cargo deny --log-level error check bans licenses sources; \
-	elif [ "$$CI" = true ]; then echo "cargo-deny is missing (cargo install --locked cargo-deny)" >&2; exit 1; \
-	else echo "cargo-deny is skipped: it is not installed (cargo install --locked cargo-deny)"; fi
+	@$(call where,cargo deny --version >/dev/null 2>&1,cargo-deny (cargo install --locked cargo-deny),\
+		cargo deny --log-level error check bans licenses sources)
 	@echo "== python: ruff, mypy, stubtest"
 	@$(RUN) -m ruff check --quiet .
 	@$(RUN) -m ruff format --quiet --check . || { echo "run '$(RUN) -m ruff format .'" >&2; exit 1; }
@@ -47,10 +58,40 @@ lint: setup ## check formatting, lints, types, stubs, documentation and licences
 
 test-rust: ## run the crates' own tests
 	@echo "== cargo test"
-	@mkdir -p target
-	@cargo test --quiet --locked --workspace >target/tests.log 2>&1 || { cat target/tests.log; exit 1; }
-	@awk '/^test result/ { passed += $$4; ignored += $$8 } END { print passed " passed, " ignored " ignored" }' \
-		target/tests.log
+	@$(call cargo_test,tests,cargo test --quiet --locked --workspace)
+
+# Emulated and checked code is slow: fewer random examples.
+AARCH64 := aarch64-unknown-linux-gnu
+test-aarch64: ## run clippy and the tests of tutel-core and tutel-cpu for Arm (NEON), on an emulated processor
+	@echo "== cargo test, emulated aarch64"
+	@$(call where,command -v qemu-aarch64 >/dev/null && test -d /usr/aarch64-linux-gnu/include && \
+		command -v aarch64-linux-gnu-gcc >/dev/null && test -d "$$(rustc --print sysroot)/lib/rustlib/$(AARCH64)",some \
+		of qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross (apt) and $(AARCH64) (rustup target add),\
+		cargo clippy --quiet --locked -p tutel-core -p tutel-cpu --all-targets --target $(AARCH64) -- -D warnings && \
+		{ $(call cargo_test,aarch64,PROPTEST_CASES=4 cargo test --quiet --locked -p tutel-core -p tutel-cpu --lib --tests \
+			--target $(AARCH64) --config 'target.$(AARCH64).linker = "aarch64-linux-gnu-gcc"' \
+			--config 'target.$(AARCH64).runner = "qemu-aarch64 -L /usr/aarch64-linux-gnu"'); })
+
+NIGHTLY ?= nightly
+test-asan: ## run the tests of tutel-cpu with AddressSanitizer on every level, on the toolchain NIGHTLY
+	@echo "== cargo test, AddressSanitizer"
+	@$(call where,cargo +$(NIGHTLY) --version >/dev/null 2>&1,$(NIGHTLY) (rustup toolchain install),$(call \
+		cargo_test,asan,RUSTFLAGS=-Zsanitizer=address PROPTEST_CASES=16 cargo +$(NIGHTLY) test --quiet --locked \
+			-p tutel-cpu --lib --tests --target "$$(rustc --print host-tuple)"))
+
+# Valgrind knows no AVX-512 and hides it: the levels below are run.
+test-valgrind: ## run the tests of tutel-cpu under valgrind
+	@echo "== cargo test, valgrind"
+	@$(call where,command -v valgrind >/dev/null,valgrind (apt),$(call cargo_test,valgrind,\
+		PROPTEST_CASES=4 cargo test --quiet --locked -p tutel-cpu --lib --tests \
+			--config 'target."cfg(unix)".runner = "valgrind --quiet --error-exitcode=9"'))
+
+instructions: ## compare the instructions that kernels take with benches/instructions.txt
+	@echo "== instructions, callgrind"
+	@$(PYTHON) benches/instructions.py
+
+instructions-accept: ## accept the present counts of instructions
+	@$(PYTHON) benches/instructions.py --accept
 
 test-python: setup ## run pytest against the installed wheel
 	@echo "== pytest, with the installed wheel"

@@ -38,7 +38,8 @@ def _switch(name: str) -> bool:
 def cpu_level() -> str:
     """``TUTEL_CPU_LEVEL``: the most of a processor's features that kernels use.
 
-    portable, avx2, avx512 or avx512_bf16; empty means all that the processor has.
+    portable, avx2, avx512 or avx512_bf16 (x86-64), neon (Arm); empty means all that the processor has. A level of
+    another architecture limits nothing.
     """
     return os.environ.get("TUTEL_CPU_LEVEL", "")
 

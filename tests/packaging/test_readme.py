@@ -21,10 +21,10 @@ def test_the_example_runs(readme: str, tmp_path: Path) -> None:
 
 
 def test_the_targets_that_documents_name_exist(readme: str, repository: Path) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (repository / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (repository / "Makefile").read_text(), re.MULTILINE))
     documents = readme + (repository / "CONTRIBUTING.md").read_text() + (repository / "setup.py").read_text()
-    assert set(re.findall(r"`make ([a-z-]+)", documents)) <= targets
-    assert set(re.findall(r"^make ([a-z-]+)", documents, re.MULTILINE)) <= targets
+    assert set(re.findall(r"`make ([a-z0-9-]+)", documents)) <= targets
+    assert set(re.findall(r"^make ([a-z0-9-]+)", documents, re.MULTILINE)) <= targets
 
 
 def test_the_files_that_documents_link_to_exist(repository: Path) -> None:

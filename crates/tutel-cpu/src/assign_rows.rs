@@ -56,11 +56,8 @@ pub fn assign_rows<A: Real>(
     parallel: &dyn Parallel,
 ) -> Result<(), Error> {
     check_len("topk_ids", ids.len(), shape.choices())?;
+    check_ids(ids, shape.experts)?;
     output.check(shape)?;
-    // One more than the id, as an unsigned number, is 0 up to E. The bitwise or keeps the loop free of branches.
-    if ids.iter().fold(false, |found, &id| found | (id.wrapping_add(1).cast_unsigned() as usize > shape.experts)) {
-        (0..ids.len()).try_for_each(|position| expert_of(ids, position, shape.experts).map(drop))?;
-    }
     let order = priority.map(|priority| service_order(priority, shape.tokens)).transpose()?;
     let slots = fill(output.slots, NOT_ROUTED as i32);
     // A block has more choices than it keeps counts, and is worth a thread.
@@ -185,16 +182,18 @@ fn serve_in_blocks(
     Counts { of_first, all }
 }
 
-pub(crate) fn expert_of(ids: &[i32], position: usize, experts: usize) -> Result<Option<usize>, Error> {
-    let id = ids[position];
-    match usize::try_from(id) {
-        Ok(expert) if expert < experts => Ok(Some(expert)),
-        _ if i64::from(id) == NOT_ROUTED => Ok(None),
-        _ => {
-            let allowed = format!("-1 (none) and 0 up to, not including, {experts}");
-            Err(Error::Index { argument: "topk_ids", position, value: id.into(), allowed })
-        }
+/// Checks that each id is -1 or names an expert.
+pub(crate) fn check_ids(ids: &[i32], experts: usize) -> Result<(), Error> {
+    let limit = u32::try_from(experts).unwrap_or(u32::MAX);
+    let bad = |id: &i32| id.wrapping_add(1).cast_unsigned() > limit;
+    // Counting vectorises; a search would not.
+    if ids.iter().filter(|id| bad(id)).count() == 0 {
+        return Ok(());
     }
+    ids.iter().position(bad).map_or(Ok(()), |position| {
+        let allowed = format!("-1 (none) and 0 up to, not including, {experts}");
+        Err(Error::Index { argument: "topk_ids", position, value: ids[position].into(), allowed })
+    })
 }
 
 /// The tokens in descending order of their priority, NaN last; equal ones in their order.

@@ -1,13 +1,11 @@
 //! Hidden units and their gradient against their definition in f64, on every level of processor features that this machine
-//! has. One test program, one test: the cap on levels holds for the whole process.
+//! has.
 mod common;
 
-use common::{Values, cast, every_type, on_threads, wide, written};
-use num_traits::Zero;
+use common::{Values, cast, every_type, on_levels, on_threads, wide, written};
 use tutel_core::{Element, GroupedShape, Real, reference};
 use tutel_cpu::{
-    Activation, GroupedGemm, Hidden, HiddenGrad, HiddenGradOutput, HiddenOutput, Level, Parallel, RowsOf, Scalar,
-    Serial,
+    Activation, GroupedGemm, Hidden, HiddenGrad, HiddenGradOutput, HiddenOutput, Parallel, RowsOf, Scalar, Serial,
 };
 
 /// Sizes and options of one case: rows are gathered from fewer tokens.
@@ -218,15 +216,9 @@ fn check<T: Scalar>(case: &Case) {
 
 #[test]
 fn hidden_units_are_their_definition_on_every_level() {
-    let highest = Level::current();
-    for level in [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Bf16] {
-        if level > highest {
-            println!("{} is not tried: this processor ends at {}", level.name(), highest.name());
-            continue;
-        }
-        level.set_cap();
+    on_levels(|_| {
         for case in Case::all() {
             every_type!(check(&case));
         }
-    }
+    });
 }

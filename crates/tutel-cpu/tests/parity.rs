@@ -1,9 +1,12 @@
 //! Every kernel against its naive twin: the error against the f64 reference is at most twice the error that the naive
 //! twin makes in the same type (and never more than a rounding of the largest value), for every element type and
-//! for shapes with odd sizes, empty experts and dropped choices; and results have equal bits for 1, 2 and 4 threads.
+//! for shapes with odd sizes, empty experts and dropped choices, on every level of processor features that this machine
+//! has; and results have equal bits for 1, 2 and 4 threads.
 mod common;
 
-use common::{A, Values, assert_close, cast, check_grouped, every_type, on_threads, rounded, wide, written};
+use common::{
+    A, Values, assert_close, cast, check_grouped, every_type, on_levels, on_levels_and_threads, rounded, wide, written,
+};
 use proptest::prelude::*;
 use tutel_core::{GroupedShape, RoutePlan, RoutingShape, RowShape, ScoreFunction, reference};
 use tutel_cpu::{Along, AssignOutput, GroupedGemm, Parallel, Scalar, SelectBackward, SelectOutput, Serial};
@@ -34,34 +37,41 @@ fn select<T: Scalar>(
 fn check_select<T: Scalar>(shape: RoutingShape, function: ScoreFunction, normalize: bool, seed: u64) {
     let logits = Values(seed).vec(shape.tokens * shape.experts);
     let (logits, exact): (Vec<T>, Vec<f64>) = (cast(&logits), wide(&cast::<T>(&logits)));
-    let ours = on_threads(|parallel| select(&logits, shape, function, normalize, parallel));
     let naive = reference::select_experts(&logits, shape, function, normalize);
     let truth = reference::select_experts(&exact, shape, function, normalize);
-    assert_eq!(ours.0, truth.ids, "ids, ties to the lower one");
-    assert_close::<A<T>>("weights", &wide(&ours.1), &wide(&naive.weights), &truth.weights);
-    assert_close::<A<T>>("top_scores", &wide(&ours.2), &wide(&naive.top_scores), &truth.top_scores);
-    assert_close::<A<T>>("score_sums", &wide(&ours.3), &wide(&naive.score_sums), &truth.score_sums);
+    on_levels_and_threads(
+        |parallel| select(&logits, shape, function, normalize, parallel),
+        |(ids, weights, top_scores, score_sums)| {
+            assert_eq!(ids, truth.ids, "ids, ties to the lower one");
+            assert_close::<A<T>>("weights", &wide(&weights), &wide(&naive.weights), &truth.weights);
+            assert_close::<A<T>>("top_scores", &wide(&top_scores), &wide(&naive.top_scores), &truth.top_scores);
+            assert_close::<A<T>>("score_sums", &wide(&score_sums), &wide(&naive.score_sums), &truth.score_sums);
+        },
+    );
 
     let mut values = Values(seed + 1);
     let (grad_weights, grad_sums) = (values.vec(shape.choices()), values.vec(shape.experts));
     let (narrow_weights, narrow_sums) = (cast::<A<T>>(&grad_weights), cast::<A<T>>(&grad_sums));
-    let grad = on_threads(|parallel| {
-        written(logits.len(), |output| {
-            let input = SelectBackward {
-                logits: &logits,
-                ids: &ours.0,
-                grad_weights: Some(&narrow_weights),
-                grad_score_sums: Some(&narrow_sums),
-                function,
-                normalize,
-            };
-            tutel_cpu::select_experts_backward(&input, shape, output, parallel).unwrap();
-        })
-    });
-    let (ids, f) = (&ours.0, function);
+    let (ids, f) = (&truth.ids, function);
     let naive = reference::select_experts_backward(&logits, ids, &narrow_weights, &narrow_sums, shape, f, normalize);
+    let naive = rounded::<T>(&naive);
     let truth = reference::select_experts_backward(&exact, ids, &grad_weights, &grad_sums, shape, f, normalize);
-    assert_close::<T>("grad_logits", &wide(&grad), &rounded::<T>(&naive), &truth);
+    let input = SelectBackward {
+        logits: &logits,
+        ids,
+        grad_weights: Some(&narrow_weights),
+        grad_score_sums: Some(&narrow_sums),
+        function,
+        normalize,
+    };
+    on_levels_and_threads(
+        |parallel| {
+            written(logits.len(), |output| {
+                tutel_cpu::select_experts_backward(&input, shape, output, parallel).unwrap();
+            })
+        },
+        |grad| assert_close::<T>("grad_logits", &wide(&grad), &naive, &truth),
+    );
 }
 
 fn plan_of(ids: &[i32], priority: Option<&[f64]>, shape: RoutingShape, capacity: Option<usize>) -> RoutePlan {
@@ -117,32 +127,38 @@ fn check_rows<T: Scalar>(plan: &RoutePlan, routing: RoutingShape, width: usize, 
     let weights = weighted.then_some(&weights[..]);
     let exact_weights = weighted.then_some(&exact_weights[..]);
 
-    let dispatched = on_threads(|parallel| {
-        written(rows.len(), |output| {
-            tutel_cpu::dispatch(&tokens, &plan.row_choice, weights, shape, output, parallel).unwrap();
-        })
-    });
-    let naive = reference::dispatch(&tokens, &plan.row_choice, weights, shape);
+    let naive = rounded::<T>(&reference::dispatch(&tokens, &plan.row_choice, weights, shape));
     let truth = reference::dispatch(&exact_tokens, &plan.row_choice, exact_weights, shape);
-    assert_close::<T>("dispatch", &wide(&dispatched), &rounded::<T>(&naive), &truth);
+    on_levels_and_threads(
+        |parallel| {
+            written(rows.len(), |output| {
+                tutel_cpu::dispatch(&tokens, &plan.row_choice, weights, shape, output, parallel).unwrap();
+            })
+        },
+        |dispatched| assert_close::<T>("dispatch", &wide(&dispatched), &naive, &truth),
+    );
 
-    let combined = on_threads(|parallel| {
-        written(tokens.len(), |output| {
-            tutel_cpu::combine(&rows, &plan.row_index, weights, shape, output, parallel).unwrap();
-        })
-    });
-    let naive = reference::combine(&rows, &plan.row_index, weights, shape);
+    let naive = rounded::<T>(&reference::combine(&rows, &plan.row_index, weights, shape));
     let truth = reference::combine(&exact_rows, &plan.row_index, exact_weights, shape);
-    assert_close::<T>("combine", &wide(&combined), &rounded::<T>(&naive), &truth);
+    on_levels_and_threads(
+        |parallel| {
+            written(tokens.len(), |output| {
+                tutel_cpu::combine(&rows, &plan.row_index, weights, shape, output, parallel).unwrap();
+            })
+        },
+        |combined| assert_close::<T>("combine", &wide(&combined), &naive, &truth),
+    );
 
-    let dots = on_threads(|parallel| {
-        written(shape.choices(), |output| {
-            tutel_cpu::row_dot(&rows, &plan.row_index, &tokens, shape, output, parallel).unwrap();
-        })
-    });
-    let naive = reference::row_dot(&rows, &plan.row_index, &tokens, shape);
+    let naive = wide(&reference::row_dot(&rows, &plan.row_index, &tokens, shape));
     let truth = reference::row_dot(&exact_rows, &plan.row_index, &exact_tokens, shape);
-    assert_close::<T::Accumulator>("row_dot", &wide(&dots), &wide(&naive), &truth);
+    on_levels_and_threads(
+        |parallel| {
+            written(shape.choices(), |output| {
+                tutel_cpu::row_dot(&rows, &plan.row_index, &tokens, shape, output, parallel).unwrap();
+            })
+        },
+        |dots| assert_close::<T::Accumulator>("row_dot", &wide(&dots), &naive, &truth),
+    );
 }
 
 fn ids_of(shape: RoutingShape, skew: bool, holes: bool, seed: u64) -> Vec<i32> {
@@ -156,7 +172,8 @@ fn ids_of(shape: RoutingShape, skew: bool, holes: bool, seed: u64) -> Vec<i32> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    // PROPTEST_CASES asks for fewer, where a run is slow.
+    #![proptest_config(ProptestConfig { cases: ProptestConfig::default().cases.min(48), ..ProptestConfig::default() })]
 
     #[test]
     fn selection(tokens in 0usize..70, experts in 1usize..40, k in 1usize..40, seed: u32, softmax: bool, normalize: bool) {
@@ -177,18 +194,21 @@ proptest! {
         let mut priority = Values(seed.into()).vec(tokens);
         priority.iter_mut().step_by(11).for_each(|value| *value = f64::NAN);
         let priority = prioritized.then_some(&priority[..]);
-        let plan = plan_of(&ids, priority, routing, capacity);
-        prop_assert_eq!(&plan, &reference::assign_rows(&ids, priority, routing, capacity).unwrap());
+        let plan = reference::assign_rows(&ids, priority, routing, capacity).unwrap();
+        on_levels(|_| assert_eq!(plan_of(&ids, priority, routing, capacity), plan));
         every_type!(check_rows(&plan, routing, width, weighted, seed.into()));
 
         let padded = capacity.unwrap_or(3);
         let mut row_index = vec![];
-        let row_choice = written(experts * padded, |row_choice| {
-            row_index = written(routing.choices(), |row_index| {
-                tutel_cpu::padded_rows(&ids, &plan.slots, routing, padded, row_index, row_choice).unwrap();
+        let twin = reference::padded_rows(&ids, &plan.slots, routing, padded);
+        on_levels(|_| {
+            let row_choice = written(experts * padded, |row_choice| {
+                row_index = written(routing.choices(), |row_index| {
+                    tutel_cpu::padded_rows(&ids, &plan.slots, routing, padded, row_index, row_choice).unwrap();
+                });
             });
+            assert_eq!((&row_index, &row_choice), (&twin.0, &twin.1));
         });
-        prop_assert_eq!((row_index, row_choice), reference::padded_rows(&ids, &plan.slots, routing, padded));
     }
 
     #[test]
@@ -197,12 +217,15 @@ proptest! {
         let mask: Vec<i32> = (0..rows * columns).map(|_| values.next(3) as i32 - 1).collect();
         let exact: Vec<i64> = mask.iter().map(|&value| value.into()).collect();
         for along in [Along::Columns, Along::Rows] {
-            let ours = on_threads(|parallel| {
-                written(mask.len(), |output| {
-                    tutel_cpu::prefix_count(&mask, (rows, columns), along, output, parallel).unwrap();
-                })
-            });
-            prop_assert_eq!(ours, reference::prefix_count(&exact, rows, columns, along == Along::Rows));
+            let twin = reference::prefix_count(&exact, rows, columns, along == Along::Rows);
+            on_levels_and_threads(
+                |parallel| {
+                    written(mask.len(), |output| {
+                        tutel_cpu::prefix_count(&mask, (rows, columns), along, output, parallel).unwrap();
+                    })
+                },
+                |ours| assert_eq!(ours, twin),
+            );
         }
     }
 
@@ -221,17 +244,29 @@ proptest! {
 }
 
 #[test]
-fn grouped_products_larger_than_a_block() {
-    let shape = GroupedShape::new(2, 700, 130, 530).unwrap();
+fn grouped_products_around_a_block() {
     for transposed in [false, true] {
-        every_type!(check_grouped(&[0, 1, 690], shape, transposed, true, 3));
+        // Of rows, columns and depth more than a block; an inner size of 1; few rows; whole blocks. No larger than that:
+        // these tests also run on emulators.
+        let shapes: [(&[i64], [usize; 3]); 6] = [
+            (&[0, 1, 518], [520, 5, 260]),
+            (&[0, 1, 2], [3, 1030, 260]),
+            (&[0, 19, 39], [40, 1, 33]),
+            (&[0, 2], [3, 600, 7]),
+            (&[0, 17], [17, 530, 35]),
+            (&[0, 14, 28], [28, 512, 64]),
+        ];
+        for (offsets, [rows, inner, outer]) in shapes {
+            let shape = GroupedShape::new(offsets.len() - 1, rows, inner, outer).unwrap();
+            every_type!(check_grouped(offsets, shape, transposed, true, 3));
+        }
     }
 }
 
 #[test]
 fn many_rows_wider_than_a_task() {
-    let routing = RoutingShape::new(700, 5, 3).unwrap();
-    let plan = plan_of(&ids_of(routing, true, false, 9), None, routing, Some(300));
+    let routing = RoutingShape::new(100, 5, 3).unwrap();
+    let plan = reference::assign_rows(&ids_of(routing, true, false, 9), None, routing, Some(40)).unwrap();
     every_type!(check_rows(&plan, routing, 2049, true, 4));
     every_type!(check_select(RoutingShape::new(513, 300, 7).unwrap(), ScoreFunction::Softmax, true, 5));
 }
@@ -272,21 +307,26 @@ fn a_token_alone_has_the_bits_it_has_in_a_batch() {
         };
         written(count * outer, |output| tutel_cpu::grouped_gemm(input, shape, output, &Serial).unwrap())
     };
-    let (batch, pair, alone) = (product(&rows), product(&rows[..2 * inner]), product(&rows[..inner]));
-    assert_eq!(alone, pair[..outer]);
-    assert_eq!(alone, batch[..outer]);
+    on_levels(|_| {
+        let (batch, pair, alone) = (product(&rows), product(&rows[..2 * inner]), product(&rows[..inner]));
+        assert_eq!(alone, pair[..outer]);
+        assert_eq!(alone, batch[..outer]);
+    });
 }
 
 #[test]
 fn nan_and_infinity_stay_with_their_token() {
     let shape = RoutingShape::new(4, 5, 2).unwrap();
-    let mut logits = Values(2).vec(20);
-    let clean = select::<f64>(&logits, shape, ScoreFunction::Softmax, true, &Serial);
-    logits[3] = f64::NAN;
-    logits[7] = f64::INFINITY;
-    let marked = select::<f64>(&logits, shape, ScoreFunction::Softmax, true, &Serial);
-    assert_eq!(marked.0[0], 3, "NaN counts as the largest logit");
-    assert!(marked.0.iter().all(|&id| (0..5).contains(&id)));
-    assert!(marked.1[..4].iter().all(|weight| weight.is_nan()));
-    assert_eq!((&marked.0[4..], &marked.1[4..]), (&clean.0[4..], &clean.1[4..]));
+    let logits = Values(2).vec(20);
+    let mut marked = logits.clone();
+    marked[3] = f64::NAN;
+    marked[7] = f64::INFINITY;
+    on_levels(|_| {
+        let clean = select::<f64>(&logits, shape, ScoreFunction::Softmax, true, &Serial);
+        let marked = select::<f64>(&marked, shape, ScoreFunction::Softmax, true, &Serial);
+        assert_eq!(marked.0[0], 3, "NaN counts as the largest logit");
+        assert!(marked.0.iter().all(|&id| (0..5).contains(&id)));
+        assert!(marked.1[..4].iter().all(|weight| weight.is_nan()));
+        assert_eq!((&marked.0[4..], &marked.1[4..]), (&clean.0[4..], &clean.1[4..]));
+    });
 }

@@ -1,6 +1,8 @@
 //! Which kernel computes a product: chosen once an operator, by the level of the processor.
 use half::{bf16, f16};
 
+#[cfg(target_arch = "aarch64")]
+use super::aarch64::neon::{Neon, NeonF64};
 use super::kernel::Kernel;
 use super::level::Level;
 use super::portable::Portable;
@@ -18,6 +20,7 @@ use crate::operand::{Factor, Operand, Term};
 pub(crate) struct Scratch<A> {
     sums: Sums<A>,
     floats: Packed<A>,
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only bf16 of x86-64 is multiplied in pairs"))]
     pairs: Packed<u32>,
 }
 
@@ -31,7 +34,6 @@ impl<A> Scratch<A> {
 macro_rules! compiled {
     ($name:ident, $kernel:ty, $packed:ident, $($features:literal)?) => {
         $(#[target_feature(enable = $features)])?
-        #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
         unsafe fn $name(
             scratch: &mut Scratch<<$kernel as Kernel>::Sum>,
             terms: &[Term<'_, <$kernel as Kernel>::Element>],
@@ -45,7 +47,7 @@ macro_rules! compiled {
 }
 
 macro_rules! operand {
-    ($element:ty, $($level:ident => $name:ident, $kernel:ty, $packed:ident, $features:literal;)*) => {
+    ($element:ty, $($architecture:literal: $level:ident => $name:ident, $kernel:ty, $packed:ident, $features:literal;)*) => {
         impl Operand for $element {
             fn multiply(
                 level: Level,
@@ -56,9 +58,9 @@ macro_rules! operand {
             ) {
                 compiled!(portable, Portable<$element>, floats, );
                 $(
-                    #[cfg(target_arch = "x86_64")]
+                    #[cfg(target_arch = $architecture)]
                     compiled!($name, $kernel, $packed, $features);
-                    #[cfg(target_arch = "x86_64")]
+                    #[cfg(target_arch = $architecture)]
                     if level >= Level::$level {
                         // SAFETY: a level is only reached where its features were found.
                         return unsafe { $name(scratch, terms, next, epilogue) };
@@ -72,19 +74,23 @@ macro_rules! operand {
 }
 
 operand!(f32,
-    Avx512 => avx512, Avx512<f32>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
-    Avx2 => avx2, Avx2<f32>, floats, "avx2,fma,f16c";
+    "x86_64": Avx512 => avx512, Avx512<f32>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
+    "x86_64": Avx2 => avx2, Avx2<f32>, floats, "avx2,fma,f16c";
+    "aarch64": Neon => neon, Neon<f32>, floats, "neon";
 );
 operand!(f64,
-    Avx512 => avx512, Avx512F64, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
-    Avx2 => avx2, Avx2F64, floats, "avx2,fma,f16c";
+    "x86_64": Avx512 => avx512, Avx512F64, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
+    "x86_64": Avx2 => avx2, Avx2F64, floats, "avx2,fma,f16c";
+    "aarch64": Neon => neon, NeonF64, floats, "neon";
 );
 operand!(f16,
-    Avx512 => avx512, Avx512<f16>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
-    Avx2 => avx2, Avx2<f16>, floats, "avx2,fma,f16c";
+    "x86_64": Avx512 => avx512, Avx512<f16>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
+    "x86_64": Avx2 => avx2, Avx2<f16>, floats, "avx2,fma,f16c";
+    "aarch64": Neon => neon, Neon<f16>, floats, "neon";
 );
 operand!(bf16,
-    Avx512Bf16 => avx512_bf16, Avx512Bf16, pairs, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c";
-    Avx512 => avx512, Avx512<bf16>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
-    Avx2 => avx2, Avx2<bf16>, floats, "avx2,fma,f16c";
+    "x86_64": Avx512Bf16 => avx512_bf16, Avx512Bf16, pairs, "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c";
+    "x86_64": Avx512 => avx512, Avx512<bf16>, floats, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c";
+    "x86_64": Avx2 => avx2, Avx2<bf16>, floats, "avx2,fma,f16c";
+    "aarch64": Neon => neon, Neon<bf16>, floats, "neon";
 );

@@ -3,7 +3,7 @@ use std::str::FromStr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// Features that kernels are compiled for, each level with those of the levels before.
+/// Features that kernels are compiled for, each level with those of the levels before on the same architecture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// Nothing beyond the target's baseline.
@@ -14,35 +14,56 @@ pub enum Level {
     Avx512,
     /// x86-64 with `AVX512_BF16`.
     Avx512Bf16,
+    /// Arm, 64 bits: all of these have NEON.
+    Neon,
 }
 
-const LEVELS: [(Level, &str); 4] = [
+const LEVELS: [(Level, &str); 5] = [
     (Level::Portable, "portable"),
     (Level::Avx2, "avx2"),
     (Level::Avx512, "avx512"),
     (Level::Avx512Bf16, "avx512_bf16"),
+    (Level::Neon, "neon"),
 ];
 
-static CAP: AtomicU8 = AtomicU8::new(Level::Avx512Bf16 as u8);
+/// Those of this architecture, in ascending order.
+#[cfg(target_arch = "x86_64")]
+const OURS: &[Level] = &[Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Bf16];
+#[cfg(target_arch = "aarch64")]
+const OURS: &[Level] = &[Level::Portable, Level::Neon];
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+const OURS: &[Level] = &[Level::Portable];
+
+const NO_CAP: u8 = u8::MAX;
+static CAP: AtomicU8 = AtomicU8::new(NO_CAP);
 
 impl Level {
     /// The level of this processor, or the cap if that is lower.
     pub fn current() -> Self {
-        static DETECTED: OnceLock<Level> = OnceLock::new();
         let cap = CAP.load(Ordering::Relaxed);
-        let cap = LEVELS.iter().map(|(level, _)| *level).find(|level| *level as u8 == cap);
-        let detected = *DETECTED.get_or_init(Self::detect);
-        cap.map_or(detected, |cap| detected.min(cap))
+        let detected = Self::detected();
+        OURS.iter().copied().find(|level| *level as u8 == cap).map_or(detected, |cap| detected.min(cap))
     }
 
-    /// Uses no more than this level's features from now on; a cap above the processor's level changes nothing.
+    /// The levels that this processor has, in ascending order; a cap does not hide any.
+    pub fn available() -> impl Iterator<Item = Self> {
+        OURS.iter().copied().filter(|level| *level <= Self::detected())
+    }
+
+    /// Uses no more than this level's features from now on; a cap above the processor's level, or of another
+    /// architecture, limits nothing.
     pub fn set_cap(self) {
-        CAP.store(self as u8, Ordering::Relaxed);
+        CAP.store(if OURS.contains(&self) { self as u8 } else { NO_CAP }, Ordering::Relaxed);
     }
 
     /// The name, as in the error of [`Level::from_str`].
     pub fn name(self) -> &'static str {
         LEVELS[self as usize].1
+    }
+
+    fn detected() -> Self {
+        static DETECTED: OnceLock<Level> = OnceLock::new();
+        *DETECTED.get_or_init(Self::detect)
     }
 
     #[cfg(target_arch = "x86_64")]
@@ -63,7 +84,8 @@ impl Level {
 
     #[cfg(not(target_arch = "x86_64"))]
     fn detect() -> Self {
-        Self::Portable
+        // What there is on other architectures belongs to their baseline.
+        OURS[OURS.len() - 1]
     }
 }
 

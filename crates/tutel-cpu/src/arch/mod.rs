@@ -5,6 +5,8 @@
     reason = "a function that is not inlined is compiled without the processor's features"
 )]
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 mod choose;
 mod compiled;
 mod kernel;

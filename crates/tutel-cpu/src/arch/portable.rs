@@ -132,5 +132,5 @@ macro_rules! packed_portably {
         }
     };
 }
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 pub(super) use packed_portably;

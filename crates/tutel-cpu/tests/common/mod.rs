@@ -1,9 +1,10 @@
 //! What the parity tests share.
-#![allow(dead_code, reason = "each test program uses its own part")]
+#![allow(dead_code, unused_imports, unused_macros, reason = "each test program uses its own part")]
 use std::mem::MaybeUninit;
+use std::sync::{Mutex, PoisonError};
 
 use tutel_core::{Element, GroupedShape, Real, reference};
-use tutel_cpu::{GroupedGemm, Parallel, Scalar, ScopedThreads, Serial};
+use tutel_cpu::{GroupedGemm, Level, Parallel, Scalar, ScopedThreads, Serial};
 
 pub(crate) fn written<T: Copy>(len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> Vec<T> {
     let mut buffer = vec![MaybeUninit::uninit(); len];
@@ -50,17 +51,31 @@ pub(crate) fn assert_close<T: Element>(what: &str, ours: &[f64], naive: &[f64], 
     assert!(error(ours) <= allowed, "{what}: error {:e}, allowed {allowed:e}", error(ours));
 }
 
-pub(crate) fn threads() -> [Box<dyn Parallel>; 3] {
-    [Box::new(Serial), Box::new(ScopedThreads(2)), Box::new(ScopedThreads(4))]
+/// Calls a function on every level of processor features that this machine has. The cap on levels holds for the whole
+/// process: tests that run at the same time wait for each other here.
+pub(crate) fn on_levels(mut run: impl FnMut(Level)) {
+    static CAP: Mutex<()> = Mutex::new(());
+    let _alone = CAP.lock().unwrap_or_else(PoisonError::into_inner);
+    for level in Level::available() {
+        level.set_cap();
+        assert_eq!(Level::current(), level);
+        // The test's output, shown where it fails.
+        println!("on level {}", level.name());
+        run(level);
+    }
 }
 
 /// Runs a kernel with 1, 2 and 4 threads and asks for equal bits.
-pub(crate) fn on_threads<R: PartialEq + std::fmt::Debug>(run: impl Fn(&dyn Parallel) -> R) -> R {
-    let [one, two, four] = threads();
-    let result = run(&*one);
-    assert!(result == run(&*two), "2 threads give other bits");
-    assert!(result == run(&*four), "4 threads give other bits");
-    result
+pub(crate) fn on_threads<R: PartialEq>(run: impl Fn(&dyn Parallel) -> R) -> R {
+    let one = run(&Serial);
+    assert!(one == run(&ScopedThreads(2)), "2 threads give other bits");
+    assert!(one == run(&ScopedThreads(4)), "4 threads give other bits");
+    one
+}
+
+/// Runs a kernel on every level, see [`on_threads`], and gives each level's result to a check.
+pub(crate) fn on_levels_and_threads<R: PartialEq>(run: impl Fn(&dyn Parallel) -> R, check: impl Fn(R)) {
+    on_levels(|_| check(on_threads(&run)));
 }
 
 pub(crate) fn check_grouped<T: Scalar>(
@@ -81,34 +96,36 @@ pub(crate) fn check_grouped<T: Scalar>(
     let bias = biased.then_some(&bias[..]);
     let exact_bias = biased.then_some(&exact_bias[..]);
 
-    let product = on_threads(|parallel| {
-        written(rows * outer, |output| {
-            let input = GroupedGemm { rows: (&left).into(), weight: &weight, second: None, bias, offsets, transposed };
-            tutel_cpu::grouped_gemm(input, shape, output, parallel).unwrap();
-        })
-    });
-    let naive = reference::grouped_gemm(&left, &weight, bias, offsets, shape, transposed);
+    let naive = rounded::<T>(&reference::grouped_gemm(&left, &weight, bias, offsets, shape, transposed));
     let truth = reference::grouped_gemm(&exact_left, &exact_weight, exact_bias, offsets, shape, transposed);
-    assert_close::<T>("grouped_gemm", &wide(&product), &rounded::<T>(&naive), &truth);
+    let input = GroupedGemm { rows: (&left).into(), weight: &weight, second: None, bias, offsets, transposed };
+    on_levels_and_threads(
+        |parallel| written(rows * outer, |output| tutel_cpu::grouped_gemm(input, shape, output, parallel).unwrap()),
+        |product| assert_close::<T>("grouped_gemm", &wide(&product), &naive, &truth),
+    );
 
-    let grad = on_threads(|parallel| {
-        written(experts * inner * outer, |output| {
-            tutel_cpu::grouped_gemm_weight_grad((&left).into(), (&right).into(), offsets, shape, output, parallel)
-                .unwrap();
-        })
-    });
-    let naive = reference::grouped_gemm_weight_grad(&left, &right, offsets, shape);
+    let naive = rounded::<T>(&reference::grouped_gemm_weight_grad(&left, &right, offsets, shape));
     let truth = reference::grouped_gemm_weight_grad(&exact_left, &exact_right, offsets, shape);
-    assert_close::<T>("weight_grad", &wide(&grad), &rounded::<T>(&naive), &truth);
+    on_levels_and_threads(
+        |parallel| {
+            written(experts * inner * outer, |output| {
+                tutel_cpu::grouped_gemm_weight_grad((&left).into(), (&right).into(), offsets, shape, output, parallel)
+                    .unwrap();
+            })
+        },
+        |grad| assert_close::<T>("weight_grad", &wide(&grad), &naive, &truth),
+    );
 
-    let sums = on_threads(|parallel| {
-        written(experts * inner, |output| {
-            tutel_cpu::grouped_sum(&left, offsets, (rows, inner), output, parallel).unwrap();
-        })
-    });
-    let naive = reference::grouped_sum(&left, offsets, inner);
+    let naive = rounded::<T>(&reference::grouped_sum(&left, offsets, inner));
     let truth = reference::grouped_sum(&exact_left, offsets, inner);
-    assert_close::<T>("grouped_sum", &wide(&sums), &rounded::<T>(&naive), &truth);
+    on_levels_and_threads(
+        |parallel| {
+            written(experts * inner, |output| {
+                tutel_cpu::grouped_sum(&left, offsets, (rows, inner), output, parallel).unwrap();
+            })
+        },
+        |sums| assert_close::<T>("grouped_sum", &wide(&sums), &naive, &truth),
+    );
 }
 
 /// Calls a check for each element type.

@@ -1,0 +1,2 @@
+//! Kernels for 64-bit Arm.
+pub(crate) mod neon;
