@@ -42,11 +42,13 @@ class Effort:
     sample_seconds: float = 2e-3
 
 
-FULL = Effort(seconds=5.0, least_rounds=7, most_rounds=300)
+FULL = Effort(seconds=3.0, least_rounds=5, most_rounds=300)
+#: For a point of a curve, or one of many shapes.
+BRIEF = Effort(seconds=0.7, least_rounds=3, most_rounds=50)
+QUICK = Effort(seconds=0.3, least_rounds=2, most_rounds=20)
+
 #: Calls are not repeated beyond this: it is long enough to be timed well.
 _LONGEST_SAMPLE = 0.05
-
-QUICK = Effort(seconds=0.5, least_rounds=3, most_rounds=50)
 
 
 @dataclass(frozen=True)
@@ -88,5 +90,9 @@ def alternate(sides: Sequence[Callable[[], object]], effort: Effort, turns: int 
 
 
 def pairwise_ratio(ours: Sequence[Sample], peer: Sequence[Sample]) -> Spread:
-    """Spread of ours / peer within each round: what slows a whole round down cancels out."""
-    return Spread.of([a.wall / b.wall for a, b in zip(ours, peer, strict=True)])
+    """Spread of ours / peer within each round: what slows a whole round down cancels out.
+
+    A peer that was called once is compared with each of our rounds.
+    """
+    paired = peer if len(peer) == len(ours) else [peer[0]] * len(ours)
+    return Spread.of([a.wall / b.wall for a, b in zip(ours, paired, strict=True)])

@@ -11,7 +11,9 @@ def _route(gate: nn.Linear, tokens: Tensor, top_k: int) -> tuple[Tensor, Tensor]
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     scores = F.softmax(F.linear(tokens.to(dtype), gate.weight.to(dtype)), dim=1)
     weights, ids = torch.topk(scores, top_k, dim=1)
-    return ids, (weights / weights.sum(dim=1, keepdim=True)).to(tokens.dtype)
+    if top_k > 1:
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    return ids, weights.to(tokens.dtype)
 
 
 def _gate_like(layer: MOELayer) -> nn.Linear:
