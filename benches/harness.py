@@ -77,15 +77,20 @@ def alternate(sides: Sequence[Callable[[], object]], effort: Effort, turns: int 
         run()
     once = [Sample.take(run, turns).wall for run in sides]
     calls = turns * math.ceil(min(effort.sample_seconds / min(once), _LONGEST_SAMPLE / max(once)) / turns)
-    samples: list[list[Sample]] = [[] for _ in sides]
+    return take_turns([lambda run=run: Sample.take(run, calls) for run in sides], effort)  # type: ignore[misc]
+
+
+def take_turns(samplers: Sequence[Callable[[], Sample]], effort: Effort) -> list[list[Sample]]:
+    """Take samples in rounds until the effort is spent: one list a sampler, of one length."""
+    samples: list[list[Sample]] = [[] for _ in samplers]
     start = time.perf_counter()
     for done in range(effort.most_rounds):
         spent = time.perf_counter() - start
         if (done >= effort.least_rounds and spent > effort.seconds) or (done > 0 and spent > 3 * effort.seconds):
             break
-        order = range(len(sides)) if done % 2 == 0 else reversed(range(len(sides)))
+        order = range(len(samplers)) if done % 2 == 0 else reversed(range(len(samplers)))
         for side in order:
-            samples[side].append(Sample.take(sides[side], calls))
+            samples[side].append(samplers[side]())
     return samples
 
 

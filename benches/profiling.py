@@ -25,14 +25,14 @@ NAMES = [
 
 
 def parse(report: str) -> list[tuple[float, str, str]]:
-    """Return (share, library, function) from a report of perf with fields overhead, dso and symbol, separated by ``|``.
+    """Return (share, library, function) from a report of perf with fields overhead, dso and symbol, separated by ``|``, and more behind them.
 
     Addresses without names are added up: they are one unknown each library.
     """
     found: dict[tuple[str, str], float] = {}
     for line in report.splitlines():
         fields = [field.strip() for field in line.split("|")]
-        if len(fields) != 3 or not fields[0].endswith("%"):
+        if len(fields) < 3 or not fields[0].endswith("%"):
             continue
         library = Path(fields[1]).name
         symbol = re.sub(r"^\[[^]]\] *", "", fields[2])

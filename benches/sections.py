@@ -19,10 +19,11 @@ class Table:
 
 
 def aims(run: Run) -> Table:
-    """Return what was aimed at and what was measured."""
+    """Return what was aimed at and what was measured; nothing where a run has nothing to do with the aims."""
     rows = []
     seen = 0
-    for verdict in verdicts(run):
+    found = verdicts(run)
+    for verdict in found if any(verdict.worst is not None for verdict in found) else []:
         check = verdict.check
         unit = "" if check.unit == "largest / least" else f" {check.unit}"
         measured = "-" if verdict.worst is None else f"{verdict.worst:.2f}{unit}"
@@ -30,8 +31,8 @@ def aims(run: Run) -> Table:
         if verdict.aim != seen:
             seen = verdict.aim
             pattern = AIMS[seen - 1].pattern
-            found = best_peer(run, pattern) if pattern else None
-            peer = f"{found[0]:.2f}" if found else "-"
+            worst = best_peer(run, pattern) if pattern else None
+            peer = f"{worst[0]:.2f}" if worst else "-"
         limit = f"{check.limit:g}{unit}"
         rows.append([str(verdict.aim), check.of, limit, measured, verdict.outcome(), verdict.where, peer])
     header = ["aim", "of", "at most", "worst", "outcome", "where", "worst ratio to best peer"]
