@@ -64,6 +64,8 @@ def _rows(run: Run) -> list[list[str]]:
             rows.append([*ours, name, duration(peer.seconds.minimum), duration(peer.seconds.median), *ratio])
             # Further peers stand below with our columns left blank.
             ours = [""] * len(ours)
+        if not one.peers:
+            rows.append([*ours, *[""] * (len(_HEADER) - len(ours))])
     return rows
 
 

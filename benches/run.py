@@ -16,7 +16,7 @@ from benches.floors import Floors, Work
 from benches.harness import BRIEF, FULL, QUICK, Effort, Spread, alternate, pairwise_ratio
 from benches.machine import OtherWork, describe
 from benches.results import Measured, PeerResult, Result, Run
-from benches.workload import SHORT_NAMES, DisagreementError, Workload, check_agreement
+from benches.workload import SHORT_NAMES, DisagreementError, MissingPeerError, Workload, check_agreement
 from benches.workloads import ALL, MISSING
 
 _RECORDS = Path(__file__).parent / "record"
@@ -73,6 +73,7 @@ class _Session:
         self.full, self.brief = (QUICK, QUICK) if quick else (FULL, BRIEF)
         self.floors: dict[int, Floors] = {}
         self.failures: dict[str, str] = {}
+        self.missing = dict(MISSING)
         self.measured: list[tuple[Workload, Measured, Work]] = []
 
     @staticmethod
@@ -105,6 +106,10 @@ class _Session:
                 # The other workloads' results stay good, and may have taken long.
                 self.failures[workload.name] = str(error)
                 print(f"the sides do not agree: {error}", file=sys.stderr)
+                continue
+            except MissingPeerError as error:
+                self.missing[error.peer] = error.reason
+                print(f"not run: {error}", file=sys.stderr)
                 continue
             finally:
                 gc.collect()
@@ -169,8 +174,7 @@ def run_all(options: argparse.Namespace) -> int:
     others = OtherWork()
     session = _Session(workloads, options.quick)
     session.measure_all()
-    missing = dict(MISSING)
-    profiles = profiling.measure_all(options.filter, missing) if options.profile else []
+    profiles = profiling.measure_all(options.filter, session.missing) if options.profile else []
     run = Run(
         machine=describe(),
         effort=asdict(session.full),
@@ -181,7 +185,7 @@ def run_all(options: argparse.Namespace) -> int:
         note=options.note,
         memory=[] if options.no_memory else memory.measure_all(options.filter),
         profiles=profiles,
-        missing=missing,
+        missing=session.missing,
     )
     print(report.text(run))
     _write(run, options)

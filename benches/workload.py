@@ -78,6 +78,14 @@ class DisagreementError(Exception):
     """Two sides of a workload do not compute the same: their times mean nothing."""
 
 
+class MissingPeerError(Exception):
+    """A peer without which a workload has no sense cannot be had here."""
+
+    def __init__(self, peer: str, reason: str) -> None:
+        super().__init__(f"{peer}: {reason}")
+        self.peer, self.reason = peer, reason
+
+
 def check_agreement(case: Case) -> dict[str, Sample]:
     """Run every side once and compare; return what each peer's call took.
 

@@ -1,7 +1,7 @@
 """All workloads, one file a subject, in the order of the layer's stages."""
 
 from benches.workload import Workload
-from benches.workloads import curves, gemm, hugging_face, layer, moving, route, shapes
+from benches.workloads import curves, deepspeed_layer, gemm, hugging_face, layer, moving, route, shapes
 
 ALL: list[Workload] = [
     *route.WORKLOADS,
@@ -9,10 +9,12 @@ ALL: list[Workload] = [
     *gemm.WORKLOADS,
     *layer.WORKLOADS,
     *hugging_face.WORKLOADS,
+    *deepspeed_layer.WORKLOADS,
     *shapes.WORKLOADS,
     *curves.WORKLOADS,
 ]
 #: Peers that are not installed, and why.
 MISSING: dict[str, str] = {}
-if not hugging_face.WORKLOADS:
-    MISSING["transformers"] = "not installed (pip install --group bench)"
+for _name, _module in (("transformers", hugging_face), ("deepspeed", deepspeed_layer)):
+    if not _module.WORKLOADS:
+        MISSING[_name] = "not installed (pip install --group bench)"

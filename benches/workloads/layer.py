@@ -49,14 +49,18 @@ class Sizes:
         shape = (self.batch, self.tokens, self.width)
         return [torch.randn(shape, generator=generator).to(self.dtype) for _ in range(count)]
 
-    def layers(self) -> dict[str, nn.Module]:
-        """Make our layer and its peers with equal weights."""
-        ours = MOELayer(
+    def ours(self) -> MOELayer:
+        """Make our layer."""
+        return MOELayer(
             gate_type={"type": "top", "k": self.top_k, "capacity_factor": 0.0, "fp32_gate": self.dtype.itemsize < 4},
             model_dim=self.width,
             experts={"type": "ffn", "count_per_node": self.experts, "hidden_size_per_expert": self.hidden},
             seeds=(1, 1, 1),
         ).to(self.dtype)
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Make our layer and its peers with equal weights."""
+        ours = self.ours()
         layers = {"tutel": ours, "loop over nn experts": LoopLayer(ours, self.top_k)}
         # Torch's grouped product takes neither fp64 nor rows that are not whole multiples of 16 bytes.
         aligned = all(size * self.dtype.itemsize % 16 == 0 for size in (self.width, self.hidden))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import skip_init
 from tutel.moe import MOELayer
 
 
@@ -31,7 +32,8 @@ def _experts_of(layer: MOELayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+    # Drawing values that are overwritten at once would take most of the time of making 256 experts.
+    linear: nn.Linear = skip_init(nn.Linear, weight.shape[1], weight.shape[0], dtype=weight.dtype)
     linear.load_state_dict({"weight": weight.contiguous(), "bias": bias})
     return linear
 
