@@ -76,7 +76,8 @@ def alternate(sides: Sequence[Callable[[], object]], effort: Effort, turns: int 
     for run in sides:
         run()
     once = [Sample.take(run, turns).wall for run in sides]
-    calls = turns * math.ceil(min(effort.sample_seconds / min(once), _LONGEST_SAMPLE / max(once)) / turns)
+    wanted = min(effort.sample_seconds / min(once), _LONGEST_SAMPLE / max(once))
+    calls = turns * max(1, math.ceil(wanted / turns))
     return take_turns([lambda run=run: Sample.take(run, calls) for run in sides], effort)  # type: ignore[misc]
 
 

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
+from tutel.functional import RowAssignment, assign_rows, select_experts
 
 from benches.results import Memory
 from benches.workload import SHORT_NAMES
@@ -26,12 +28,37 @@ class _Step:
     """A training step: its sides make a layer and its input.
 
     Attributes:
-        saved: Bytes that may be saved for the backward pass: [R, H] and [R, D].
+        output: Bytes of the output.
+        saved: Bytes that may be saved for the backward pass: a layer's [R, H] and [R, D].
     """
 
     name: str
     sides: dict[str, Callable[[], tuple[nn.Module, Tensor]]]
+    output: int
     saved: int
+
+
+class _Routing(nn.Module):
+    """Logits [T, E] to the weights [T, K] of a plan that is kept."""
+
+    def __init__(self, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.rows: RowAssignment | None = None
+
+    def forward(self, logits: Tensor) -> Tensor:
+        chosen = select_experts(logits, self.top_k)
+        self.rows = assign_rows(chosen.ids, logits.shape[1])
+        return chosen.weights
+
+
+def _routing(tokens: int, experts: int, top_k: int) -> _Step:
+    def make() -> tuple[nn.Module, Tensor]:
+        return _Routing(top_k), torch.randn(tokens, experts)
+
+    # ids, slots and both row maps beside the weights.
+    saved = tokens * top_k * (4 + 4 + 8 + 8)
+    return _Step(f"route.train.E{experts}_k{top_k}_T{tokens}", {"tutel": make}, tokens * top_k * 4, saved)
 
 
 def _helloworld(sizes: Sizes) -> _Step:
@@ -40,7 +67,8 @@ def _helloworld(sizes: Sizes) -> _Step:
 
     saved = sizes.rows * (sizes.hidden + sizes.width) * sizes.dtype.itemsize
     names = ["tutel", "sort + torch grouped_mm"]
-    return _Step(f"layer.train.{sizes}", {name: lambda name=name: make(name) for name in names}, saved)  # type: ignore[misc]
+    sides = {name: partial(make, name) for name in names}
+    return _Step(f"layer.train.{sizes}", sides, sizes.inputs(1)[0].nbytes, saved)
 
 
 def _hugging_face(block: hugging_face.Block, tokens: int, dtype: torch.dtype) -> _Step:
@@ -54,11 +82,13 @@ def _hugging_face(block: hugging_face.Block, tokens: int, dtype: torch.dtype) ->
     saved = tokens * block.top_k * (block.hidden + hugging_face.WIDTH) * dtype.itemsize
     names = ["tutel", "transformers grouped_mm"]
     name = f"hf.train.{SHORT_NAMES[dtype]}.{block.name}_T{tokens}"
-    return _Step(name, {name: lambda name=name: make(name) for name in names}, saved)  # type: ignore[misc]
+    sides = {side: partial(make, side) for side in names}
+    return _Step(name, sides, tokens * hugging_face.WIDTH * dtype.itemsize, saved)
 
 
 def _steps() -> list[_Step]:
-    steps = [_helloworld(sizes) for sizes in HELLOWORLD if sizes.dtype != torch.float64]
+    steps = [_routing(8192, 256, 8)]
+    steps += [_helloworld(sizes) for sizes in HELLOWORLD if sizes.dtype != torch.float64]
     if hugging_face.WORKLOADS:
         pairs = [(block, dtype) for block in hugging_face.BLOCKS for dtype in (torch.float32, torch.bfloat16)]
         steps += [_hugging_face(block, 2048, dtype) for block, dtype in pairs]
@@ -134,13 +164,12 @@ def measure(name: str, side: str) -> Memory:
     resident = _status("VmHWM") - before + there
     _forget_grads(layer)
     allocated, saved = traced_peak(lambda mark: _train(layer, given, mark))
-    # Input and output, and the gradient of each.
-    allowed = 2 * parameters + 4 * given.nbytes + step.saved
+    allowed = 2 * (parameters + given.nbytes + step.output) + step.saved
     return Memory(name, side, allowed, there + allocated, resident, saved)
 
 
-def measure_all(pattern: str) -> list[Memory]:
-    """Measure the steps whose names match, each side in a process of its own."""
+def measure_all(pattern: str, missing: dict[str, str]) -> list[Memory]:
+    """Measure the steps whose names match, each side in a process of its own; say in ``missing`` what failed."""
     found = []
     for step in _steps():
         if not re.search(pattern, step.name):
@@ -148,7 +177,10 @@ def measure_all(pattern: str) -> list[Memory]:
         for side in step.sides:
             print(f"memory of {step.name}, {side} ...", file=sys.stderr, flush=True)
             command = [sys.executable, "-m", "benches.memory", step.name, side]
-            child = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True, check=True)
+            child = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+            if child.returncode:
+                missing[f"memory of {step.name}, {side}"] = (child.stderr.splitlines() or ["it said nothing"])[-1]
+                continue
             found.append(Memory(**json.loads(child.stdout.splitlines()[-1])))
     return found
 

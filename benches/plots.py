@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benches.results import Result, Run
 
@@ -50,9 +51,21 @@ def _style(name: str, seen: dict[str, tuple[str, str]]) -> tuple[str, str]:
 def _finish(axes: Axes, values: list[float], label: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(values, [f"{value:g}" for value in values])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.set_xlabel(label)
     axes.grid(alpha=0.3)
+
+
+def _scale(axes: Axes) -> None:
+    """Let rates start at 0, or make them logarithmic where the low ones would lie on the axis."""
+    rates = [float(rate) for line in axes.get_lines() for rate in line.get_ydata()]  # type: ignore[union-attr]
+    if max(rates) < 20 * min(rates):
+        axes.set_ylim(0, 1.08 * max(rates))
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_column(columns: Any, results: list[Result], series: str, label: str) -> None:
@@ -69,7 +82,7 @@ def _draw_column(columns: Any, results: list[Result], series: str, label: str) -
         bottom.plot(x, [each * 100 for each in share], **style)
     top.set_title(series)
     top.set_ylabel("GFLOP/s")
-    top.set_yscale("log")
+    _scale(top)
     bottom.set_ylabel("share of the floor, %")
     bottom.axhline(100, color="#666666", linewidth=1, linestyle="--")
     bottom.set_ylim(0, None)

@@ -29,7 +29,8 @@ call than the whole workload may: it was called once, and its ratio pairs that c
 
 _MEMORY = """\
 Each step (forward, and backward with ones) runs in a process of its own, after one with 16 tokens. Sizes in MiB.
-*allowed* is parameters, input and output, the gradient of each, and [R, H] and [R, D] saved. *tensors* is the most
+*allowed* is parameters, input and output, the gradient of each, and what may be saved between: of a layer [R, H] and
+[R, D], of routing the plan. *tensors* is the most
 that torch had allocated at once, *process* the growth of resident memory, both with parameters and input; *held* is
 what is alive between forward and backward beside them (the output too)."""
 

@@ -20,6 +20,8 @@ from benches.workload import SHORT_NAMES, DisagreementError, MissingPeerError, W
 from benches.workloads import ALL, MISSING
 
 _RECORDS = Path(__file__).parent / "record"
+#: Seconds a call from which on a peer is called once.
+_SLOW = 4.0
 
 
 def _selected(pattern: str) -> list[Workload]:
@@ -44,7 +46,7 @@ def _measure(workload: Workload, effort: Effort) -> tuple[Measured, Work]:
     case = workload.build()
     taken = check_agreement(case)
     # Nothing is learned from the third minute of a peer that is ten times slower: its one call has to do.
-    slow = {name for name, sample in taken.items() if sample.wall > effort.seconds}
+    slow = {name for name, sample in taken.items() if sample.wall > _SLOW}
     playing = [case.ours, *(peer for peer in case.peers if peer.name not in slow)]
     others = OtherWork()
     timed = alternate([side.run for side in playing], effort, case.turns)
@@ -175,6 +177,7 @@ def run_all(options: argparse.Namespace) -> int:
     session = _Session(workloads, options.quick)
     session.measure_all()
     profiles = profiling.measure_all(options.filter, session.missing) if options.profile else []
+    peaks = [] if options.no_memory else memory.measure_all(options.filter, session.missing)
     run = Run(
         machine=describe(),
         effort=asdict(session.full),
@@ -183,7 +186,7 @@ def run_all(options: argparse.Namespace) -> int:
         results=session.results(),
         failures=session.failures,
         note=options.note,
-        memory=[] if options.no_memory else memory.measure_all(options.filter),
+        memory=peaks,
         profiles=profiles,
         missing=session.missing,
     )

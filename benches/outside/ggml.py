@@ -68,7 +68,9 @@ class Ggml:
         if found is None or found.origin is None:
             raise ModuleNotFoundError("llama-cpp-python is not installed")
         folder = Path(found.origin).parent / "lib"
-        self._libraries = [ctypes.CDLL(str(folder / f"libggml-{part}.so"), ctypes.RTLD_GLOBAL) for part in ("base", "cpu")]
+        self._libraries = [
+            ctypes.CDLL(str(folder / f"libggml-{part}.so"), ctypes.RTLD_GLOBAL) for part in ("base", "cpu")
+        ]
         for name, (result, arguments) in _SIGNATURES.items():
             function = self._function(name)
             function.restype, function.argtypes = result, arguments

@@ -21,7 +21,9 @@ class _Builder:
         numbers = job.experts * (3 * job.hidden + 1) * job.width
         self.weights = self.ggml.context(numbers * size + _SPARE)
         rows = job.tokens * job.top_k
-        values = 4 * job.tokens * (job.width * (job.top_k + 2) + 6 * job.experts) + 4 * rows * (3 * job.hidden + 2 * job.width)
+        values = 4 * job.tokens * (job.width * (job.top_k + 2) + 6 * job.experts) + 4 * rows * (
+            3 * job.hidden + 2 * job.width
+        )
         self.values = self.ggml.context(2 * values + _SPARE)
 
     def weight(self, path: Path, *shape: int) -> int:

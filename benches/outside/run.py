@@ -46,9 +46,7 @@ class Block:
     def write(self, folder: Path, threads: int) -> tuple[Job, float]:
         """Write weights and inputs; return the job and the mean number of experts that an input touches."""
         inputs = 1 if self.tokens > 64 else 8
-        job = Job(
-            str(folder), self.dtype, self.experts, self.hidden, _WIDTH, self.top_k, self.tokens, inputs, threads
-        )
+        job = Job(str(folder), self.dtype, self.experts, self.hidden, _WIDTH, self.top_k, self.tokens, inputs, threads)
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> torch.Tensor:
@@ -65,7 +63,11 @@ class Block:
         logits = (tokens @ router.T).to(DTYPES[self.dtype])
         kept = without_ties(tokens, logits, self.top_k, count)
         write("router", router)
-        for name, shape in (("gate", (self.hidden, _WIDTH)), ("up", (self.hidden, _WIDTH)), ("down", (_WIDTH, self.hidden))):
+        for name, shape in (
+            ("gate", (self.hidden, _WIDTH)),
+            ("up", (self.hidden, _WIDTH)),
+            ("down", (_WIDTH, self.hidden)),
+        ):
             write(name, draw(self.experts, *shape))
         write("inputs", kept)
         ids = (kept @ router.T).topk(self.top_k, dim=1).indices.view(inputs, -1)

@@ -72,7 +72,12 @@ def _theirs(ours: nn.Module, sizes: Sizes) -> nn.Module:
     except Exception as error:  # whatever an import, a compiler or another version may raise
         raise MissingPeerError(_NAME, f"{type(error).__name__}: {error}") from error
     state = {"deepspeed_moe.gate.wg.weight": ours.get_parameter("gates.0.wg.weight")}
-    for ours_name, name in (("fc1_w", "fc1.weight"), ("fc1_bias", "fc1.bias"), ("fc2_w", "fc2.weight"), ("fc2_bias", "fc2.bias")):
+    for ours_name, name in (
+        ("fc1_w", "fc1.weight"),
+        ("fc1_bias", "fc1.bias"),
+        ("fc2_w", "fc2.weight"),
+        ("fc2_bias", "fc2.bias"),
+    ):
         every = ours.get_parameter(f"experts.batched_{ours_name}").detach()
         for expert in range(sizes.experts):
             weight = every[expert].T if ours_name == "fc2_w" else every[expert]

@@ -9,7 +9,7 @@ from benches.workloads.layer import Sizes
 from benches.workloads.layer_work import without_ties
 
 #: A logit that is never among the chosen; small enough to be an ordinary value of a token.
-_NEVER = -12.0
+_NEVER = -24.0
 
 
 def uniform(experts: int) -> Tensor:
