@@ -123,6 +123,7 @@ $(INSTALLED): $(WHEEL)
 $(BENCH): $(INSTALLED)
 	@echo "== peers of the benchmarks into $(VENV)"
 	@$(RUN) -m pip install --quiet --group bench
+	@$(RUN) -m pip install --quiet --no-build-isolation "deepspeed>=0.17" || echo "DeepSpeed is left out"
 	@touch $@
 
 # vLLM's package for CPUs asks for a torch of its own index, and for a server's packages; its operators need neither.

@@ -178,8 +178,8 @@ AIMS = [
         r"^(skew|shape)\.",
     ),
     Aim(
-        "Cost grows linearly with the tokens (a token's cost from 512 tokens on is the same within a quarter), and with "
-        "experts only through the weights touched (the ratio to the floor is the same within a half)",
+        "Cost grows linearly with the tokens (a token's cost from 512 tokens on is the same within a quarter), and "
+        "with experts only through the weights touched (the ratio to the floor is the same within a half)",
         [
             _linear("along tokens", "tokens", 512, 1.25),
             _even("along experts", "experts", 1.5),

@@ -119,7 +119,7 @@ def _time_gemm(dtype: torch.dtype, seconds: float) -> dict[str, Sample]:
         "torch.mm": lambda: torch.mm(left, right),
         "tutel grouped_gemm": lambda: grouped_gemm(left, right[None], offsets),
     }
-    if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         # On some processors torch.mm takes a library that does not know all of their instructions, and oneDNN does.
         linear = torch.ops.mkldnn._linear_pointwise
         sides["oneDNN linear"] = lambda: linear(left, right, None, "none", [], "")

@@ -42,9 +42,9 @@ class Effort:
     sample_seconds: float = 2e-3
 
 
-FULL = Effort(seconds=3.0, least_rounds=5, most_rounds=300)
+FULL = Effort(seconds=2.5, least_rounds=5, most_rounds=300)
 #: For a point of a curve, or one of many shapes.
-BRIEF = Effort(seconds=0.7, least_rounds=3, most_rounds=50)
+BRIEF = Effort(seconds=0.5, least_rounds=3, most_rounds=50)
 QUICK = Effort(seconds=0.3, least_rounds=2, most_rounds=20)
 
 #: Calls are not repeated beyond this: it is long enough to be timed well.

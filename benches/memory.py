@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ class _Step:
     """
 
     name: str
-    sides: dict[str, Callable[[], tuple[nn.Module, Tensor]]]
+    sides: Mapping[str, Callable[[], tuple[nn.Module, Tensor]]]
     output: int
     saved: int
 
@@ -136,7 +136,7 @@ def traced_peak(step: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
         with profiler.record_function("benches mark"):
             pass
 
-    with profiler.profile(profile_memory=True) as profile:  # type: ignore[no-untyped-call]
+    with profiler.profile(profile_memory=True) as profile:
         step(mark)
     events = sorted(profile.kineto_results.events(), key=lambda event: event.start_ns())
     alive = peak = marked = 0

@@ -58,7 +58,7 @@ def _finish(axes: Axes, values: list[float], label: str) -> None:
 
 def _scale(axes: Axes) -> None:
     """Let rates start at 0, or make them logarithmic where the low ones would lie on the axis."""
-    rates = [float(rate) for line in axes.get_lines() for rate in line.get_ydata()]  # type: ignore[union-attr]
+    rates: list[Any] = [rate for line in axes.get_lines() for rate in list(line.get_ydata())]  # type: ignore[arg-type]
     if max(rates) < 20 * min(rates):
         axes.set_ylim(0, 1.08 * max(rates))
         return

@@ -1,4 +1,4 @@
-"""Where processor time goes, by perf: ``python -m benches.profiling WORKLOAD SECONDS`` repeats our side of a workload."""
+"""Where processor time goes, by perf; ``python -m benches.profiling WORKLOAD SECONDS`` is what it looks at."""
 
 import re
 import shutil
@@ -13,6 +13,7 @@ from benches.results import Profile
 _ROOT = Path(__file__).parent.parent
 _SECONDS = 4.0
 _FUNCTIONS = 20
+_LONGEST_NAME = 100
 #: What is profiled where nothing else is asked for: helloworld's two settings and two blocks of Hugging Face.
 NAMES = [
     "layer.train.fp32.E2_k2_T1024_D2048_H2048",
@@ -24,8 +25,16 @@ NAMES = [
 ]
 
 
+def _shortened(symbol: str) -> str:
+    """Return what tells a function from others: of torch's loops, whose names run to lines, the kernel's own name."""
+    if len(symbol) <= _LONGEST_NAME:
+        return symbol
+    kernel = re.search(r"\w+_kernel\w*", symbol)
+    return f"{kernel[0]} (a loop of torch)" if kernel else symbol[: _LONGEST_NAME - 1] + "…"
+
+
 def parse(report: str) -> list[tuple[float, str, str]]:
-    """Return (share, library, function) from a report of perf with fields overhead, dso and symbol, separated by ``|``, and more behind them.
+    """Return (share, library, function) from a report of perf: overhead, dso, symbol and more, separated by ``|``.
 
     Addresses without names are added up: they are one unknown each library.
     """
@@ -36,8 +45,8 @@ def parse(report: str) -> list[tuple[float, str, str]]:
             continue
         library = Path(fields[1]).name
         symbol = re.sub(r"^\[[^]]\] *", "", fields[2])
-        # Rust's names end in a hash, and generic ones in all of their parameters.
-        symbol = re.sub(r"::h[0-9a-f]{16}$", "", symbol)
+        # Rust's names end in a hash.
+        symbol = _shortened(re.sub(r"::h[0-9a-f]{16}$", "", symbol))
         if re.fullmatch(r"(0x)?[0-9a-f]+", symbol):
             symbol = "(no symbols)"
         key = (library, symbol)

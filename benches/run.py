@@ -4,6 +4,7 @@ import argparse
 import gc
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -101,6 +102,7 @@ class _Session:
                 subject = workload.subject
                 self.measure_floors([other for other in self.workloads if other.subject == subject])
             print(f"{workload.name} ...", end=" ", file=sys.stderr, flush=True)
+            start = time.perf_counter()
             try:
                 with _threads(self.threads_of(workload)):
                     measured, work = _measure(workload, self.brief if workload.brief else self.full)
@@ -116,7 +118,8 @@ class _Session:
             finally:
                 gc.collect()
             self.measured.append((workload, measured, work))
-            print(f"{report.duration(measured.ours.minimum)}", file=sys.stderr)
+            spent = time.perf_counter() - start
+            print(f"{report.duration(measured.ours.minimum)} ms (took {spent:.1f} s)", file=sys.stderr)
         self.measure_floors(self.workloads)
 
     def results(self) -> list[Result]:

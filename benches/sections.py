@@ -63,6 +63,7 @@ def profiles(run: Run) -> Table:
     for one in run.profiles:
         name = one.name
         for share, library, function in one.functions[:_FUNCTIONS]:
-            rows.append([name, f"{share:.1%}", library, function])
+            # Names of generic functions have pointed brackets.
+            rows.append([name, f"{share:.1%}", library, f"`{function}`"])
             name = ""
     return Table(["workload", "share", "library", "function"], rows, {0, 2, 3})

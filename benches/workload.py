@@ -15,8 +15,8 @@ Results = Sequence[Tensor]
 SHORT_NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 #: Norm of the difference between two sides, as a share of the norm of the result. Each side rounds several times on
-#: its way, and rounding moves values across the corner of a ReLU: one of four million in fp32, which changes a gradient's
-#: norm by its root. This tells a wrong result from a right one; how exact results are is the tests' business.
+#: its way, and rounding moves values across the corner of a ReLU: one of four million in fp32, which changes a
+#: gradient's norm by its root. This tells a wrong result from a right one; how exact they are is the tests' business.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-3, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
 

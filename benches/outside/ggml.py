@@ -10,11 +10,11 @@ F32, BF16 = 0, 30
 
 
 class _InitParameters(Structure):
-    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]  # noqa: RUF012
+    _fields_ = [("mem_size", c_size_t), ("mem_buffer", c_void_p), ("no_alloc", c_bool)]
 
 
 class _Plan(Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("work_size", c_size_t),
         ("work_data", POINTER(c_uint8)),
         ("n_threads", c_int),
@@ -26,7 +26,7 @@ class _Plan(Structure):
 
 
 class _PoolParameters(Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("cpumask", c_bool * 512),
         ("n_threads", c_int),
         ("prio", c_int),

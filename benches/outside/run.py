@@ -50,7 +50,7 @@ class Block:
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> torch.Tensor:
-            drawn = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+            drawn: torch.Tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
             return drawn.to(DTYPES[self.dtype]).float()
 
         def write(name: str, numbers: torch.Tensor) -> None:
@@ -148,7 +148,9 @@ def run_all(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     effort = _QUICK if options.quick else _EFFORT
     selected = [block for block in blocks() if re.search(options.filter, str(block))]
-    floors, missing, measured = Floors(), {}, []
+    floors = Floors()
+    missing: dict[str, str] = {}
+    measured = []
     for dtype in sorted({block.dtype for block in selected}):
         floors.measure({DTYPES[dtype]}, effort.seconds)
     for block in selected:

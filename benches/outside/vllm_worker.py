@@ -22,7 +22,7 @@ def _load_operators() -> None:
     libraries = sorted(Path(found.origin).parent.glob(f"{name}.*so"))
     if not libraries:
         raise ModuleNotFoundError(f"vllm has no library {name}: it was not built for CPUs")
-    torch.ops.load_library(str(libraries[0]))
+    torch.ops.load_library(str(libraries[0]))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

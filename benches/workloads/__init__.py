@@ -17,4 +17,4 @@ ALL: list[Workload] = [
 MISSING: dict[str, str] = {}
 for _name, _module in (("transformers", hugging_face), ("deepspeed", deepspeed_layer)):
     if not _module.WORKLOADS:
-        MISSING[_name] = "not installed (pip install --group bench)"
+        MISSING[_name] = "not installed (see benches/README.md)"

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import skip_init
 
 from benches.workload import Case, MissingPeerError, Side, Workload
 from benches.workloads.layer import Sizes, forward_side
@@ -25,7 +24,9 @@ _NAME = "deepspeed MoE"
 class _Expert(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1, self.fc2 = skip_init(nn.Linear, width, hidden), skip_init(nn.Linear, hidden, width)
+        # Values that are overwritten need not be drawn.
+        sizes = ((width, hidden), (hidden, width))
+        self.fc1, self.fc2 = (nn.Linear(*size, device="meta").to_empty(device="cpu") for size in sizes)
 
     def forward(self, rows: Tensor) -> Any:
         return self.fc2(F.relu(self.fc1(rows)))
@@ -49,7 +50,7 @@ def _start() -> Any:
     from deepspeed.moe.layer import MoE
 
     if not torch.distributed.is_initialized():
-        store = torch.distributed.HashStore()
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
         # Exchange between ranks through shared memory, which would be compiled now: there is one rank.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -71,7 +72,7 @@ def _theirs(ours: nn.Module, sizes: Sizes) -> nn.Module:
         )
     except Exception as error:  # whatever an import, a compiler or another version may raise
         raise MissingPeerError(_NAME, f"{type(error).__name__}: {error}") from error
-    state = {"deepspeed_moe.gate.wg.weight": ours.get_parameter("gates.0.wg.weight")}
+    state: dict[str, Tensor] = {"deepspeed_moe.gate.wg.weight": ours.get_parameter("gates.0.wg.weight")}
     for ours_name, name in (
         ("fc1_w", "fc1.weight"),
         ("fc1_bias", "fc1.bias"),

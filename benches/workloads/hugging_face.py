@@ -36,10 +36,10 @@ class Block:
     def theirs(self, dtype: torch.dtype) -> nn.Module:
         """Make the library's block with random weights."""
         if self.name == "mixtral":
-            from transformers.models.mixtral import modeling_mixtral as model
             from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+            from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-            block = model.MixtralSparseMoeBlock(
+            block: nn.Module = MixtralSparseMoeBlock(  # type: ignore[no-untyped-call]
                 MixtralConfig(
                     hidden_size=WIDTH,
                     intermediate_size=self.hidden,
@@ -48,10 +48,10 @@ class Block:
                 )
             )
         else:
-            from transformers.models.qwen3_moe import modeling_qwen3_moe as model
             from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+            from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-            block = model.Qwen3MoeSparseMoeBlock(
+            block = Qwen3MoeSparseMoeBlock(
                 Qwen3MoeConfig(
                     hidden_size=WIDTH,
                     moe_intermediate_size=self.hidden,

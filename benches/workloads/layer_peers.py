@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import skip_init
 from tutel.moe import MOELayer
 
 
@@ -33,7 +32,7 @@ def _experts_of(layer: MOELayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     # Drawing values that are overwritten at once would take most of the time of making 256 experts.
-    linear: nn.Linear = skip_init(nn.Linear, weight.shape[1], weight.shape[0], dtype=weight.dtype)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device="meta").to_empty(device="cpu")
     linear.load_state_dict({"weight": weight.contiguous(), "bias": bias})
     return linear
 

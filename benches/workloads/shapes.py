@@ -86,7 +86,7 @@ def random_sizes(seed: int, dtype: torch.dtype) -> Sizes:
 
 
 def _skews() -> list[tuple[str, Sizes, _Chances]]:
-    made = []
+    made: list[tuple[str, Sizes, _Chances]] = []
     for dtype in (torch.float32, torch.bfloat16):
         # One expert cannot have more than half of the rows of two choices a token.
         one, two = (Sizes(dtype, 1, 4096, 512, 64, 512, top_k) for top_k in (1, 2))
