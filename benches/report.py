@@ -14,9 +14,9 @@ _LEFT = {0, len(_OURS)}
 #: Cores of other work from which a record says that it was disturbed.
 _DISTURBED = 0.1
 
+_ONE_PROCESS = "All sides run in one process, warmed"
 _METHOD = """\
-All sides run in one process, warmed, by turns (A B A B, every other round B A B A); results are compared before they
-are timed. *ratio* is ours / peer by the clock, paired round by round, its median and quartiles: below 1 we are
+{setting}, by turns (A B A B, every other round B A B A); results are compared before they are timed. *ratio* is ours / peer by the clock, paired round by round, its median and quartiles: below 1 we are
 faster. *% wall* is the share of our least time that the machine needs for the work's FLOPs at its best matrix product
 (G) or for its bytes at its warm bandwidth (M), whichever is more. *cpu* is our least processor time divided by the
 number of threads, *% cpu* the same share in processor time. On a busy machine it tells more, but it takes two things
@@ -134,8 +134,10 @@ def text(run: Run) -> str:
     return "\n".join(lines)
 
 
-def markdown(run: Run, name: str, pictures: Sequence[Path] = ()) -> str:
-    """Return the record; ``pictures`` are beside it."""
+def markdown(
+    run: Run, name: str, pictures: Sequence[Path] = (), command: str = "python -m benches", setting: str = _ONE_PROCESS
+) -> str:
+    """Return the record; ``pictures`` are beside it, ``command`` makes another; ``setting`` is how sides run."""
     results = "\n".join([_pipes(_HEADER, _rows(run), _LEFT), *_failures(run)])
     machine = "\n".join(f"- {key}: {value}" for key, value in run.machine.items() if value)
     floors = "\n".join(f"- {line}" for line in _floors(run))
@@ -162,7 +164,7 @@ def markdown(run: Run, name: str, pictures: Sequence[Path] = ()) -> str:
 
 ## Method
 
-{_METHOD}
+{_METHOD.format(setting=setting)}
 
 ## Results
 
@@ -173,8 +175,7 @@ Times in ms.
 {curves}{memory}{profiles}## Again
 
 ```
-python -m benches --record {name}
-python -m benches --list                      # workloads
-python -m benches --filter REGEX --quick      # a look at some
+{command} --record {name}
+{command} --filter REGEX --quick      # a look at some
 ```
 """

@@ -18,6 +18,10 @@ _ROOT = Path(__file__).parent.parent.parent
 class WorkerError(Exception):
     """A worker cannot do what it was asked for."""
 
+    def __init__(self, worker: "Worker", reason: str) -> None:
+        super().__init__(f"{worker.name}: {reason}")
+        self.worker, self.reason = worker, reason
+
 
 @dataclass
 class Worker:
@@ -44,7 +48,7 @@ class Worker:
                 text=True,
             )
         except OSError as error:
-            raise WorkerError(f"{self.python}: {error.strerror}") from error
+            raise WorkerError(self, f"{self.python}: {error.strerror}") from error
 
     def stop(self) -> None:
         """End the process."""
@@ -80,10 +84,10 @@ class Worker:
         if not line:
             _, errors = process.communicate()
             self._process = None
-            raise WorkerError(f"ended with status {process.returncode}: {_last_line(errors)}")
+            raise WorkerError(self, f"ended with status {process.returncode}: {_last_line(errors)}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise WorkerError(answer["error"])
+            raise WorkerError(self, answer["error"])
         return answer
 
 

@@ -12,6 +12,10 @@ sys.path.append(str(Path(__file__).parents[2]))
 from benches import aims, compare, profiling, report, sections
 from benches.floors import Floors, Rates, Work
 from benches.harness import Effort, Sample, Spread, alternate, pairwise_ratio, take_turns
+from benches.outside import protocol
+from benches.outside.run import Block
+from benches.outside.tensors import load
+from benches.outside.workers import Worker, WorkerError
 from benches.results import Measured, Memory, PeerResult, Point, Profile, Result, Run
 from benches.workload import Case, DisagreementError, Side, check_agreement, difference
 from benches.workloads import skew
@@ -302,6 +306,46 @@ def test_comparison_tells_what_changed():
 
 def test_comparison_of_a_run_with_itself():
     assert compare.compare(FULL, FULL, "a", "a").splitlines()[-1] == "nothing"
+
+
+# -- peers outside ----------------------------------------------------------------------------------------------------
+
+
+def test_block_as_files(tmp_path):
+    block = Block("small", experts=4, hidden=8, top_k=2, tokens=3, dtype="bf16")
+    job, work = block.write(tmp_path, threads=1)
+    assert str(block) == "outside.forward.bf16.small_T3"
+    assert load(job, "router", 4, job.width).dtype == torch.bfloat16
+    inputs = torch.frombuffer(bytearray(job.path("inputs").read_bytes()), dtype=torch.float32)
+    assert inputs.numel() == job.inputs * job.tokens * job.width
+    # Exact in the dtype, so that all sides read the same numbers.
+    assert torch.equal(inputs, inputs.bfloat16().float())
+    assert work.flops == 2 * 3 * 3 * 2 * 8 * job.width
+    assert load(job, "down", 4, job.width, 8).shape == (4, job.width, 8)
+
+
+def test_worker_that_is_not_there(tmp_path):
+    worker = Worker("absent", tmp_path / "python", "benches.outside.ours_worker")
+    with pytest.raises(WorkerError, match="absent: .*No such file"):
+        worker.start()
+
+
+def test_worker_that_dies():
+    worker = Worker("dead", Path(sys.executable), "benches.outside.no_such_worker")
+    worker.start()
+    with pytest.raises(WorkerError, match="dead: ended with status 1: .*No module named"):
+        worker.sample(1, 1)
+    worker.stop()
+
+
+def test_worker_answers(tmp_path):
+    outputs = []
+    block = (outputs.append, lambda: b"last")
+    answer = protocol._answer(block, {"calls": 5, "inputs": 2})
+    assert outputs == [0, 1, 0, 1, 0]
+    assert set(answer) == {"wall", "cpu"}
+    protocol._answer(block, {"output": str(tmp_path / "out")})
+    assert (tmp_path / "out").read_bytes() == b"last"
 
 
 # -- profiles -------------------------------------------------------------------------------------------------------
