@@ -17,7 +17,6 @@ INSTALLED := $(VENV)/.installed
 BENCH := $(VENV)/.bench
 PEERS := .venv-peers
 BENCH_OPTIONS ?=
-PROFILED := ^(layer\.train|hf\.(forward|train))\.fp32\..*(E2_|E64_|T2048)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -81,7 +80,7 @@ bench-profile: $(BENCH) ## show where the processor time of the main workloads g
 		cargo build --quiet --release --locked -p tutel-torch --lib --target-dir target/profile
 	@rm -rf target/profile/python && cp -r python target/profile/python
 	@cp target/profile/release/lib_core.so target/profile/python/tutel/_core.abi3.so
-	@PYTHONPATH=target/profile/python $(RUN) -m benches --profile --no-memory --filter '$(PROFILED)' $(BENCH_OPTIONS)
+	@PYTHONPATH=target/profile/python $(RUN) -m benches --profile --no-times $(BENCH_OPTIONS)
 
 develop: $(TOOLS) ## install an editable build, for working on the code (make setup brings the wheel back)
 	@rm -f $(INSTALLED)

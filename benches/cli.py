@@ -16,6 +16,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
     add("--no-memory", action="store_true", help="leave out peak memory, which takes a process a training step")
     add("--profile", action="store_true", help="also show where processor time goes, by perf")
+    add("--no-times", action="store_true", help="with --profile: nothing but that")
     add("--json", type=Path, metavar="PATH", help="write the results there")
     add("--record", metavar="NAME", help="write benches/record/NAME.md, and its plots")
     add("--note", default="", help="a sentence for the record, such as what else ran on the machine")
@@ -26,6 +27,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--threads must be at least 1, got {options.threads}")
     if options.record is not None and re.fullmatch(r"[\w.-]+", options.record) is None:
         parser.error(f"--record must be a plain file name without its ending, got {options.record!r}")
+    if options.no_times and not options.profile:
+        parser.error("--no-times leaves nothing to do without --profile")
     try:
         re.compile(options.filter)
     except re.error as error:

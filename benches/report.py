@@ -16,23 +16,28 @@ _DISTURBED = 0.1
 
 _ONE_PROCESS = "All sides run in one process, warmed"
 _METHOD = """\
-{setting}, by turns (A B A B, every other round B A B A); results are compared before they are timed. *ratio* is ours / peer by the clock, paired round by round, its median and quartiles: below 1 we are
-faster. *% wall* is the share of our least time that the machine needs for the work's FLOPs at its best matrix product
-(G) or for its bytes at its warm bandwidth (M), whichever is more. *cpu* is our least processor time divided by the
-number of threads, *% cpu* the same share in processor time. On a busy machine it tells more, but it takes two things
-for granted: that all threads work all the time, which a serial kernel does not, and that memory is as fast for all
-threads at once as for the few that ran together. *% +fresh* is *% cpu* with the first touch of fresh memory in the
-floor, done the cheapest way measured. Floors are the best rates seen in the same run. *others* is how many cores
-other processes used meanwhile. A share above 100 % is marked *!* and is no achievement: its floor was measured while
-others ran, or the data stayed in the cache and never met the memory. A peer that is marked *once* took longer for one
-call than the whole workload may: it was called once, and its ratio pairs that call with each of our rounds."""
+{setting}, by turns (A B A B, every other round B A B A); results are compared before they are timed.
+
+*ratio* is ours / peer by the clock, paired round by round, its median and quartiles: below 1 we are faster. *% wall* is
+the share of our least time that the machine needs for the work's FLOPs at its best matrix product (G) or for its bytes
+at its warm bandwidth (M), whichever is more. *cpu* is our least processor time divided by the number of threads,
+*% cpu* the same share in processor time. On a busy machine it tells more, but it takes two things for granted: that all
+threads work all the time, which a serial kernel does not, and that memory is as fast for all threads at once as for the
+few that ran together. *% +fresh* is *% cpu* with the first touch of fresh memory in the floor, done the cheapest way
+measured. Floors are the best rates seen in the same run. *others* is how many cores other processes used meanwhile. Subjects of
+many workloads (skew, shape, curve, deepspeed) are measured more briefly than the others.
+
+A share above 100 % is marked *!* and is no achievement: its floor was measured while others ran, or the data stayed in
+the cache and never met the memory. A peer that is marked *once* took longer for one call than the whole workload may:
+it was called once, and its ratio pairs that call with each of our rounds."""
+
 
 _MEMORY = """\
 Each step (forward, and backward with ones) runs in a process of its own, after one with 16 tokens. Sizes in MiB.
 *allowed* is parameters, input and output, the gradient of each, and what may be saved between: of a layer [R, H] and
-[R, D], of routing the plan. *tensors* is the most
-that torch had allocated at once, *process* the growth of resident memory, both with parameters and input; *held* is
-what is alive between forward and backward beside them (the output too)."""
+[R, D], of routing the plan. *tensors* is the most that torch had allocated at once, *process* the growth of resident
+memory, both with parameters and input; *held* is what is alive between forward and backward beside them (the output
+too)."""
 
 _PROFILES = "Shares of the processor time while the workload repeats, sampled by perf's cpu-clock; our own side only."
 
@@ -127,7 +132,9 @@ def text(run: Run) -> str:
     """Return the report for the terminal."""
     lines = [f"{name}: {value}" for name, value in run.machine.items()]
     lines += [*_floors(run), f"others: {run.other_cores:.1f} cores busy with other work", ""]
-    lines += ["times in ms; ratio = ours / peer", "", aligned(_HEADER, _rows(run), _LEFT), *_failures(run)]
+    if run.results:
+        lines += ["times in ms; ratio = ours / peer", "", aligned(_HEADER, _rows(run), _LEFT)]
+    lines += _failures(run)
     lines += _plain("peak memory of a training step, MiB", sections.memory(run))
     lines += _plain("where processor time goes", sections.profiles(run))
     lines += _plain("aims", sections.aims(run))

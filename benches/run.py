@@ -170,8 +170,8 @@ def _write(run: Run, options: argparse.Namespace) -> None:
 
 def run_all(options: argparse.Namespace) -> int:
     """Run what the options select; return the exit status."""
-    workloads = _selected(options.filter)
-    if not workloads and not options.profile:
+    workloads = [] if options.no_times else _selected(options.filter)
+    if not workloads and not options.no_times:
         print(f"no workload matches {options.filter!r}; --list shows them", file=sys.stderr)
         return 2
     if options.threads is not None:
@@ -180,7 +180,7 @@ def run_all(options: argparse.Namespace) -> int:
     session = _Session(workloads, options.quick)
     session.measure_all()
     profiles = profiling.measure_all(options.filter, session.missing) if options.profile else []
-    peaks = [] if options.no_memory else memory.measure_all(options.filter, session.missing)
+    peaks = [] if options.no_memory or options.no_times else memory.measure_all(options.filter, session.missing)
     run = Run(
         machine=describe(),
         effort=asdict(session.full),

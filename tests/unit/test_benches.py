@@ -326,14 +326,14 @@ def test_block_as_files(tmp_path):
 
 def test_worker_that_is_not_there(tmp_path):
     worker = Worker("absent", tmp_path / "python", "benches.outside.ours_worker")
-    with pytest.raises(WorkerError, match="absent: .*No such file"):
+    with pytest.raises(WorkerError, match=r"absent: .*No such file"):
         worker.start()
 
 
 def test_worker_that_dies():
     worker = Worker("dead", Path(sys.executable), "benches.outside.no_such_worker")
     worker.start()
-    with pytest.raises(WorkerError, match="dead: ended with status 1: .*No module named"):
+    with pytest.raises(WorkerError, match=r"dead: ended with status 1: .*No module named"):
         worker.sample(1, 1)
     worker.stop()
 
