@@ -24,8 +24,8 @@ at its warm bandwidth (M), whichever is more. *cpu* is our least processor time 
 *% cpu* the same share in processor time. On a busy machine it tells more, but it takes two things for granted: that all
 threads work all the time, which a serial kernel does not, and that memory is as fast for all threads at once as for the
 few that ran together. *% +fresh* is *% cpu* with the first touch of fresh memory in the floor, done the cheapest way
-measured. Floors are the best rates seen in the same run. *others* is how many cores other processes used meanwhile. Subjects of
-many workloads (skew, shape, curve, deepspeed) are measured more briefly than the others.
+measured. Floors are the best rates seen in the same run. *others* is how many cores other processes used meanwhile.
+Subjects of many workloads (skew, shape, curve, deepspeed) are measured more briefly than the others.
 
 A share above 100 % is marked *!* and is no achievement: its floor was measured while others ran, or the data stayed in
 the cache and never met the memory. A peer that is marked *once* took longer for one call than the whole workload may:
@@ -145,7 +145,8 @@ def markdown(
     run: Run, name: str, pictures: Sequence[Path] = (), command: str = "python -m benches", setting: str = _ONE_PROCESS
 ) -> str:
     """Return the record; ``pictures`` are beside it, ``command`` makes another; ``setting`` is how sides run."""
-    results = "\n".join([_pipes(_HEADER, _rows(run), _LEFT), *_failures(run)])
+    tables = [_pipes(_HEADER, _rows(run), _LEFT)] if run.results else []
+    results = "\n".join([*tables, *_failures(run)])
     machine = "\n".join(f"- {key}: {value}" for key, value in run.machine.items() if value)
     floors = "\n".join(f"- {line}" for line in _floors(run))
     noise = f"Other processes kept {run.other_cores:.1f} of {run.machine['cores']} cores busy during the run."
