@@ -21,7 +21,7 @@ from benches.workload import SHORT_NAMES, DisagreementError, MissingPeerError, W
 from benches.workloads import ALL, MISSING
 
 _RECORDS = Path(__file__).parent / "record"
-#: Seconds a call from which on a peer is called once.
+#: Seconds for all inputs in turn from which on a peer is called once.
 _SLOW = 4.0
 
 
@@ -47,7 +47,7 @@ def _measure(workload: Workload, effort: Effort) -> tuple[Measured, Work]:
     case = workload.build()
     taken = check_agreement(case)
     # Nothing is learned from the third minute of a peer that is ten times slower: its one call has to do.
-    slow = {name for name, sample in taken.items() if sample.wall > _SLOW}
+    slow = {name for name, sample in taken.items() if sample.wall * case.turns > _SLOW}
     playing = [case.ours, *(peer for peer in case.peers if peer.name not in slow)]
     others = OtherWork()
     timed = alternate([side.run for side in playing], effort, case.turns)

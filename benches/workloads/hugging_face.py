@@ -124,7 +124,7 @@ def _forward(sizes: Block, tokens: int, dtype: torch.dtype) -> Case:
     block = sizes.theirs(dtype)
     layer = sizes.ours(block)
     # Inputs in turn take other experts each: their weights come from memory, as in a model of many layers.
-    inputs = sizes.inputs(block, tokens, count=1 if tokens > 64 else 16)
+    inputs = sizes.inputs(block, tokens, count={1: 16, 8: 4}.get(tokens, 1))
     work = forward_work(
         dtype,
         tokens=tokens,
