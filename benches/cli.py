@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.compare:
         from benches.compare import compare_files
 
-        print(compare_files(*options.compare))
+        try:
+            print(compare_files(*options.compare))
+        except (OSError, ValueError) as error:
+            print(error, file=sys.stderr)
+            return 2
         return 0
     settle_openmp(options.threads)
     from benches.run import list_names, run_all

@@ -1,5 +1,6 @@
 """Peak memory of a training step, each in a process of its own: ``python -m benches.memory WORKLOAD SIDE``."""
 
+import ctypes
 import gc
 import json
 import re
@@ -19,6 +20,7 @@ from benches.results import Memory
 from benches.workload import SHORT_NAMES
 from benches.workloads import hugging_face
 from benches.workloads.layer import HELLOWORLD, Sizes
+from benches.workloads.layer_peers import GroupedLayer
 
 _ROOT = Path(__file__).parent.parent
 
@@ -63,7 +65,8 @@ def _routing(tokens: int, experts: int, top_k: int) -> _Step:
 
 def _helloworld(sizes: Sizes) -> _Step:
     def make(side: str) -> tuple[nn.Module, Tensor]:
-        return sizes.layers()[side], sizes.inputs(1)[0]
+        layer = sizes.ours()
+        return layer if side == "tutel" else GroupedLayer(layer, sizes.top_k), sizes.inputs(1)[0]
 
     saved = sizes.rows * (sizes.hidden + sizes.width) * sizes.dtype.itemsize
     names = ["tutel", "sort + torch grouped_mm"]
@@ -122,8 +125,11 @@ def _train(layer: nn.Module, given: Tensor, between: Callable[[], None] = lambda
 def _forget_grads(layer: nn.Module) -> None:
     for parameter in layer.parameters():
         parameter.grad = None
-    # The layer's attributes of its last forward, such as the auxiliary loss, hold a graph.
     gc.collect()
+    # What was freed and stays with the process would be taken up again unseen.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def traced_peak(step: Callable[[Callable[[], None]], None]) -> tuple[int, int]:
