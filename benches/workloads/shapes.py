@@ -13,7 +13,7 @@ from benches.workloads.layer import Sizes, forward_side
 from benches.workloads.layer_work import experts_touched, forward_work, step_work
 
 _Chances = Callable[[int], Tensor]
-#: A single token takes other experts each time.
+#: Up to so many tokens, several inputs are taken in turn: each touches other experts.
 _FEW_TOKENS = 64
 
 
