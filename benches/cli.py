@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +15,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--filter", default="", metavar="REGEX", help="run the workloads whose name matches")
     add("--quick", action="store_true", help="a tenth of the time; for a look, not for a record")
     add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
+    add("--no-memory", action="store_true", help="leave out peak memory, which takes a process a training step")
+    add("--profile", action="store_true", help="also show where processor time goes, by perf")
+    add("--no-times", action="store_true", help="with --profile: nothing but that")
     add("--json", type=Path, metavar="PATH", help="write the results there")
-    add("--record", metavar="NAME", help="write benches/record/NAME.md")
+    add("--record", metavar="NAME", help="write benches/record/NAME.md, and its plots")
     add("--note", default="", help="a sentence for the record, such as what else ran on the machine")
     add("--compare", type=Path, nargs=2, metavar=("A.json", "B.json"), help="print B beside A, run nothing")
     add("--list", action="store_true", help="print the workloads' names, run nothing")
@@ -24,6 +28,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--threads must be at least 1, got {options.threads}")
     if options.record is not None and re.fullmatch(r"[\w.-]+", options.record) is None:
         parser.error(f"--record must be a plain file name without its ending, got {options.record!r}")
+    if options.no_times and not options.profile:
+        parser.error("--no-times leaves nothing to do without --profile")
     try:
         re.compile(options.filter)
     except re.error as error:
@@ -49,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.compare:
         from benches.compare import compare_files
 
-        print(compare_files(*options.compare))
+        try:
+            print(compare_files(*options.compare))
+        except (OSError, ValueError) as error:
+            print(error, file=sys.stderr)
+            return 2
         return 0
     settle_openmp(options.threads)
     from benches.run import list_names, run_all

@@ -119,6 +119,10 @@ def _time_gemm(dtype: torch.dtype, seconds: float) -> dict[str, Sample]:
         "torch.mm": lambda: torch.mm(left, right),
         "tutel grouped_gemm": lambda: grouped_gemm(left, right[None], offsets),
     }
+    if dtype == torch.float32 and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        # On some processors torch.mm takes a library that does not know all of their instructions, and oneDNN does.
+        linear = torch.ops.mkldnn._linear_pointwise
+        sides["oneDNN linear"] = lambda: linear(left, right, None, "none", [], "")
     if dtype == torch.float16:
         # Without fp16 instructions torch multiplies one by one: 20 s for this product, and no floor.
         del sides["torch.mm"]

@@ -42,11 +42,13 @@ class Effort:
     sample_seconds: float = 2e-3
 
 
-FULL = Effort(seconds=5.0, least_rounds=7, most_rounds=300)
+FULL = Effort(seconds=2.5, least_rounds=5, most_rounds=300)
+#: For a point of a curve, or one of many shapes.
+BRIEF = Effort(seconds=0.5, least_rounds=3, most_rounds=50)
+QUICK = Effort(seconds=0.3, least_rounds=2, most_rounds=20)
+
 #: Calls are not repeated beyond this: it is long enough to be timed well.
 _LONGEST_SAMPLE = 0.05
-
-QUICK = Effort(seconds=0.5, least_rounds=3, most_rounds=50)
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,29 @@ def alternate(sides: Sequence[Callable[[], object]], effort: Effort, turns: int 
     for run in sides:
         run()
     once = [Sample.take(run, turns).wall for run in sides]
-    calls = turns * math.ceil(min(effort.sample_seconds / min(once), _LONGEST_SAMPLE / max(once)) / turns)
-    samples: list[list[Sample]] = [[] for _ in sides]
+    wanted = min(effort.sample_seconds / min(once), _LONGEST_SAMPLE / max(once))
+    calls = turns * max(1, math.ceil(wanted / turns))
+    return take_turns([lambda run=run: Sample.take(run, calls) for run in sides], effort)  # type: ignore[misc]
+
+
+def take_turns(samplers: Sequence[Callable[[], Sample]], effort: Effort) -> list[list[Sample]]:
+    """Take samples in rounds until the effort is spent: one list a sampler, of one length."""
+    samples: list[list[Sample]] = [[] for _ in samplers]
     start = time.perf_counter()
     for done in range(effort.most_rounds):
         spent = time.perf_counter() - start
         if (done >= effort.least_rounds and spent > effort.seconds) or (done > 0 and spent > 3 * effort.seconds):
             break
-        order = range(len(sides)) if done % 2 == 0 else reversed(range(len(sides)))
+        order = range(len(samplers)) if done % 2 == 0 else reversed(range(len(samplers)))
         for side in order:
-            samples[side].append(Sample.take(sides[side], calls))
+            samples[side].append(samplers[side]())
     return samples
 
 
 def pairwise_ratio(ours: Sequence[Sample], peer: Sequence[Sample]) -> Spread:
-    """Spread of ours / peer within each round: what slows a whole round down cancels out."""
-    return Spread.of([a.wall / b.wall for a, b in zip(ours, peer, strict=True)])
+    """Spread of ours / peer within each round: what slows a whole round down cancels out.
+
+    A peer that was called once is compared with each of our rounds.
+    """
+    paired = peer if len(peer) == len(ours) else [peer[0]] * len(ours)
+    return Spread.of([a.wall / b.wall for a, b in zip(ours, paired, strict=True)])

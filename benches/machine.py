@@ -82,13 +82,13 @@ class OtherWork:
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        """Return (wall seconds, busy core seconds of the machine, core seconds of this process)."""
+        """Return (wall seconds, busy core seconds of the machine, core seconds of this process and ended children)."""
         own = os.times()
         path = Path("/proc/stat")
         ticks = [int(field) for field in path.read_text().split("\n", 1)[0].split()[1:]] if path.exists() else []
         # user nice system idle iowait irq softirq steal guest ...: guest is contained in user.
         busy = sum(ticks[:8]) - sum(ticks[3:5]) if ticks else 0
-        return time.monotonic(), busy / _TICKS_PER_SECOND, own.user + own.system
+        return time.monotonic(), busy / _TICKS_PER_SECOND, sum(own[:4])
 
     def cores(self) -> float:
         """Return the mean number of cores that others used; 0 where the system does not tell."""

@@ -1,9 +1,12 @@
 """A run as text for the terminal and as Markdown for the record."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from benches import sections
 from benches.harness import Spread
 from benches.results import Run
+from benches.sections import Table
 
 _OURS = ["workload", "ours min", "med", "q1-q3", "cpu", "% wall", "% cpu", "% +fresh", "others", "rounds"]
 _HEADER = [*_OURS, "peer", "min", "med", "ratio", "q1-q3"]
@@ -11,17 +14,32 @@ _LEFT = {0, len(_OURS)}
 #: Cores of other work from which a record says that it was disturbed.
 _DISTURBED = 0.1
 
+_ONE_PROCESS = "All sides run in one process, warmed"
 _METHOD = """\
-All sides run in one process, warmed, by turns (A B A B, every other round B A B A); results are compared before they
-are timed. *ratio* is ours / peer by the clock, paired round by round, its median and quartiles: below 1 we are
-faster. *% wall* is the share of our least time that the machine needs for the work's FLOPs at its best matrix product
-(G) or for its bytes at its warm bandwidth (M), whichever is more. *cpu* is our least processor time divided by the
-number of threads, *% cpu* the same share in processor time. On a busy machine it tells more, but it takes two things
-for granted: that all threads work all the time, which a serial kernel does not, and that memory is as fast for all
-threads at once as for the few that ran together. *% +fresh* is *% cpu* with the first touch of fresh memory in the
-floor, done the cheapest way measured. Floors are the best rates seen in the same run. *others* is how many cores
-other processes used meanwhile. A share above 100 % is marked *!* and is no achievement: its floor was measured while
-others ran, or the data stayed in the cache and never met the memory."""
+{setting}, by turns (A B A B, every other round B A B A); results are compared before they are timed.
+
+*ratio* is ours / peer by the clock, paired round by round, its median and quartiles: below 1 we are faster. *% wall* is
+the share of our least time that the machine needs for the work's FLOPs at its best matrix product (G) or for its bytes
+at its warm bandwidth (M), whichever is more. *cpu* is our least processor time divided by the number of threads,
+*% cpu* the same share in processor time. On a busy machine it tells more, but it takes two things for granted: that all
+threads work all the time, which a serial kernel does not, and that memory is as fast for all threads at once as for the
+few that ran together. *% +fresh* is *% cpu* with the first touch of fresh memory in the floor, done the cheapest way
+measured. Floors are the best rates seen in the same run. *others* is how many cores other processes used meanwhile.
+Subjects of many workloads (skew, shape, curve, deepspeed) are measured more briefly than the others.
+
+A share above 100 % is marked *!* and is no achievement: its floor was measured while others ran, or the data stayed in
+the cache and never met the memory. A peer that is marked *once* took longer for one call than the whole workload may:
+it was called once, and its ratio pairs that call with each of our rounds."""
+
+
+_MEMORY = """\
+Each step (forward, and backward with ones) runs in a process of its own, after one with 16 tokens. Sizes in MiB.
+*allowed* is parameters, input and output, the gradient of each, and what may be saved between: of a layer [R, H] and
+[R, D], of routing the plan. *tensors* is the most that torch had allocated at once, *process* the growth of resident
+memory, both with parameters and input; *held* is what is alive between forward and backward beside them (the output
+too)."""
+
+_PROFILES = "Shares of the processor time while the workload repeats, sampled by perf's cpu-clock; our own side only."
 
 
 def duration(seconds: float) -> str:
@@ -48,9 +66,12 @@ def _rows(run: Run) -> list[list[str]]:
         ours += [_share(result.cpu_share_with_fresh), f"{one.other_cores:.1f}", str(one.rounds)]
         for peer in one.peers:
             ratio = [f"{peer.ratio.median:.2f}", f"{peer.ratio.lower:.2f}-{peer.ratio.upper:.2f}"]
-            rows.append([*ours, peer.name, duration(peer.seconds.minimum), duration(peer.seconds.median), *ratio])
+            name = f"{peer.name} (once)" if peer.rounds < one.rounds else peer.name
+            rows.append([*ours, name, duration(peer.seconds.minimum), duration(peer.seconds.median), *ratio])
             # Further peers stand below with our columns left blank.
             ours = [""] * len(ours)
+        if not one.peers:
+            rows.append([*ours, *[""] * (len(_HEADER) - len(ours))])
     return rows
 
 
@@ -85,7 +106,18 @@ def _floors(run: Run) -> list[str]:
 
 
 def _failures(run: Run) -> list[str]:
-    return [f"\nNot timed: {name}: {reason}" for name, reason in run.failures.items()]
+    lines = [f"\nNot timed: {name}: {reason}" for name, reason in run.failures.items()]
+    return [*lines, *(f"\nMissing: {name}: {reason}" for name, reason in run.missing.items())]
+
+
+def _plain(title: str, table: Table) -> list[str]:
+    return ["", title, "", aligned(table.header, table.rows, table.left)] if table.rows else []
+
+
+def _section(title: str, before: str, table: Table) -> str:
+    if not table.rows:
+        return ""
+    return f"## {title}\n\n{before}\n\n{_pipes(table.header, table.rows, table.left)}\n\n"
 
 
 def _effort(run: Run) -> str:
@@ -100,24 +132,36 @@ def text(run: Run) -> str:
     """Return the report for the terminal."""
     lines = [f"{name}: {value}" for name, value in run.machine.items()]
     lines += [*_floors(run), f"others: {run.other_cores:.1f} cores busy with other work", ""]
-    return "\n".join(
-        [*lines, "times in ms; ratio = ours / peer", "", aligned(_HEADER, _rows(run), _LEFT), *_failures(run)]
-    )
+    if run.results:
+        lines += ["times in ms; ratio = ours / peer", "", aligned(_HEADER, _rows(run), _LEFT)]
+    lines += _failures(run)
+    lines += _plain("peak memory of a training step, MiB", sections.memory(run))
+    lines += _plain("where processor time goes", sections.profiles(run))
+    lines += _plain("aims", sections.aims(run))
+    return "\n".join(lines)
 
 
-def markdown(run: Run, name: str) -> str:
-    """Return the record."""
-    results = "\n".join([_pipes(_HEADER, _rows(run), _LEFT), *_failures(run)])
+def markdown(
+    run: Run, name: str, pictures: Sequence[Path] = (), command: str = "python -m benches", setting: str = _ONE_PROCESS
+) -> str:
+    """Return the record; ``pictures`` are beside it, ``command`` makes another; ``setting`` is how sides run."""
+    tables = [_pipes(_HEADER, _rows(run), _LEFT)] if run.results else []
+    results = "\n".join([*tables, *_failures(run)])
     machine = "\n".join(f"- {key}: {value}" for key, value in run.machine.items() if value)
     floors = "\n".join(f"- {line}" for line in _floors(run))
     noise = f"Other processes kept {run.other_cores:.1f} of {run.machine['cores']} cores busy during the run."
     if run.other_cores > _DISTURBED:
         noise += " Absolute times and shares of the floor are worse than on an idle machine."
+    aims = _section("Aims", "\n".join(sections.aim_texts()), sections.aims(run))
+    memory = _section("Peak memory of a training step", _MEMORY, sections.memory(run))
+    profiles = _section("Where processor time goes", _PROFILES, sections.profiles(run))
+    curves = "\n\n".join(f"![{path.stem}]({path.parent.name}/{path.name})" for path in pictures)
+    curves = f"## Curves\n\n{curves}\n\n" if curves else ""
     return f"""# {run.machine["cpu"]}, {run.machine["cores"]} cores, {run.machine["date"]}
 
 {" ".join(filter(None, [noise, run.note]))}
 
-## Machine and settings
+{aims}## Machine and settings
 
 {machine}
 - effort: {_effort(run)}
@@ -128,7 +172,7 @@ def markdown(run: Run, name: str) -> str:
 
 ## Method
 
-{_METHOD}
+{_METHOD.format(setting=setting)}
 
 ## Results
 
@@ -136,11 +180,10 @@ Times in ms.
 
 {results}
 
-## Again
+{curves}{memory}{profiles}## Again
 
 ```
-python -m benches --record {name}
-python -m benches --list                      # workloads
-python -m benches --filter REGEX --quick      # a look at some
+{command} --record {name}
+{command} --filter REGEX --quick      # a look at some
 ```
 """

@@ -88,7 +88,8 @@ def _side(name: str, product: _Product, tensors: tuple[Tensor, Tensor], loads: l
     return Side(name, run)
 
 
-def _build(shape: Shape, dtype: torch.dtype, train: bool) -> Case:
+def build(shape: Shape, dtype: torch.dtype, train: bool) -> Case:
+    """Make a product ready."""
     generator = torch.Generator().manual_seed(0)
     count = max(map(sum, shape.loads))
     rows = torch.randn(count, shape.inner, generator=generator).to(dtype).requires_grad_(train)
@@ -142,7 +143,7 @@ def _workloads() -> list[Workload]:
         Workload(
             f"gemm.{'train' if train else 'forward'}.{SHORT_NAMES[dtype]}.{shape.name}",
             dtype,
-            partial(_build, shape, dtype, train),
+            partial(build, shape, dtype, train),
         )
         for shape, dtype, train in cases
     ]

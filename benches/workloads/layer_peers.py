@@ -11,7 +11,9 @@ def _route(gate: nn.Linear, tokens: Tensor, top_k: int) -> tuple[Tensor, Tensor]
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     scores = F.softmax(F.linear(tokens.to(dtype), gate.weight.to(dtype)), dim=1)
     weights, ids = torch.topk(scores, top_k, dim=1)
-    return ids, (weights / weights.sum(dim=1, keepdim=True)).to(tokens.dtype)
+    if top_k > 1:
+        weights = weights / weights.sum(dim=1, keepdim=True)
+    return ids, weights.to(tokens.dtype)
 
 
 def _gate_like(layer: MOELayer) -> nn.Linear:
@@ -29,7 +31,8 @@ def _experts_of(layer: MOELayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
+    # Drawing values that are overwritten at once would take most of the time of making 256 experts.
+    linear = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype, device="meta").to_empty(device="cpu")
     linear.load_state_dict({"weight": weight.contiguous(), "bias": bias})
     return linear
 

@@ -92,6 +92,10 @@ def _workloads() -> list[Workload]:
         name = f"E{experts}_k8_T8192"
         made.append(Workload(f"route.forward.{name}", torch.float32, lambda e=experts: _forward(8192, e, 8)))  # type: ignore[misc]
         made.append(Workload(f"route.train.{name}", torch.float32, lambda e=experts: _backward(8192, e, 8)))  # type: ignore[misc]
+    # One thread: the aim is set for it.
+    made.append(
+        Workload("route.forward.E256_k8_T8192.threads1", torch.float32, lambda: _forward(8192, 256, 8), threads=1)
+    )
     return made
 
 

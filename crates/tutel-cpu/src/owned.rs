@@ -366,7 +366,10 @@ mod tests {
     #[test]
     fn a_shape_without_choices_is_refused() {
         let shape = RoutingShape { tokens: 2, experts: 3, top_k: 0 };
-        assert_eq!(assign_rows::<f32>(&[], None, shape, None, &Serial).unwrap_err(), Error::TopK { top_k: 0, experts: 3 });
+        assert_eq!(
+            assign_rows::<f32>(&[], None, shape, None, &Serial).unwrap_err(),
+            Error::TopK { top_k: 0, experts: 3 }
+        );
     }
 
     #[test]

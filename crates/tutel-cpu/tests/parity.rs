@@ -5,7 +5,8 @@
 mod common;
 
 use common::{
-    A, Values, assert_close, cast, check_grouped, every_type, on_levels, on_levels_and_threads, rounded, wide, written,
+    A, Values, assert_close, cast, check_grouped, every_type, on_levels, on_levels_and_threads, on_threads, rounded,
+    wide, written,
 };
 use proptest::prelude::*;
 use tutel_core::{GroupedShape, RoutePlan, RoutingShape, RowShape, ScoreFunction, reference};

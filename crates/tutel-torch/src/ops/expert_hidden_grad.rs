@@ -46,7 +46,8 @@ fn hidden_grad<T: TorchScalar>(
     let index = gather(row_choice.as_ref(), top_k, height)?;
     same_size("the numbers of rows of pre and grad", num_rows, index.as_ref().map_or(height, Vec::len))?;
     let shape = GroupedShape::new(experts, num_rows, inner, outer).map_err(refused)?;
-    let choices: &[i64] = row_choice.as_ref().map(|choices| slice_of(choices, "row_choice")).transpose()?.unwrap_or(&[]);
+    let choices: &[i64] =
+        row_choice.as_ref().map(|choices| slice_of(choices, "row_choice")).transpose()?.unwrap_or(&[]);
     let weights: Option<&[T::Accumulator]> = optional_slice(weights.as_ref(), "weights", &[height, top_k])?;
     // `gather` has checked the choices.
     let of_row = |&choice: &i64| usize::try_from(choice).ok();

@@ -1,0 +1,7 @@
+"""``python -m benches.outside``."""
+
+import sys
+
+from benches.outside.cli import main
+
+sys.exit(main())
