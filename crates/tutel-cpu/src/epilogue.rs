@@ -77,6 +77,18 @@ fn add<T: Operand>(sums: &mut [T::Accumulator], bias: Option<&[T]>, column: usiz
 }
 
 impl<T: Operand> Epilogue<'_, T> {
+    /// Where columns of a row will be written, to have that memory ready.
+    #[inline(always)]
+    pub(crate) fn place(&mut self, row: usize, column: usize) -> *const MaybeUninit<T> {
+        let output = match self {
+            Self::Rows { output, .. } | Self::Activate { output, .. } | Self::Gate { output, .. } => output,
+            Self::Derive(derive) => &mut derive.grad_pre,
+            // Kept sums stay in the cache.
+            Self::Keep { .. } => return std::ptr::null(),
+        };
+        output.row(row)[column..].as_ptr()
+    }
+
     /// Takes some columns of a row of sums, both counted from the tile's first. Each is given once, in ascending order of
     /// the columns of a row.
     #[inline(always)]

@@ -67,6 +67,10 @@ pub fn hidden<T: Scalar>(
         check_len("bias", bias.len(), experts * outer)?;
     }
     check_len("hidden", output.hidden.len(), rows * outer)?;
+    if let (Some(value), None) = (&output.value, input.value_weight) {
+        // There is nothing to write.
+        check_len("value without value_weight", value.len(), 0)?;
+    }
     for (name, saved) in [("pre", &output.pre), ("value", &output.value)] {
         saved.as_ref().map_or(Ok(()), |saved| check_len(name, saved.len(), rows * outer))?;
     }

@@ -1,7 +1,7 @@
 //! Every call of a kernel that the layer makes, with its sizes.
 use std::sync::Mutex;
 
-use tutel_core::{GroupedShape, RoutePlan, RoutingShape, RowShape, ScoreFunction};
+use tutel_core::{GroupedShape, Real, RoutePlan, RoutingShape, RowShape, ScoreFunction};
 use tutel_cpu::owned::{self, HiddenGradients, KeptUnits, Selection};
 use tutel_cpu::{GroupedGemm, Hidden, HiddenGrad, Parallel, RowsOf, Scalar, SelectBackward};
 
@@ -191,16 +191,22 @@ impl Kernels<'_> {
 
     /// `target += addend`.
     pub(crate) fn add<T: Scalar>(self, target: &mut [T], addend: &[T]) {
+        // A few chunks in f64 still fit in the nearest cache.
+        const CHUNK: usize = 2048;
         // Waking a thread costs about as much as this many elements.
-        const CHUNK: usize = 1 << 15;
-        let threads = self.0.threads().min(target.len() / CHUNK);
+        const LEAST: usize = 1 << 15;
+        let threads = self.0.threads().min(target.len() / LEAST);
         let chunks = Mutex::new(target.chunks_mut(CHUNK).zip(addend.chunks(CHUNK)));
         let work = || {
             let next = || chunks.lock().expect("nothing panics while it is locked").next();
+            let mut sums = [T::Accumulator::from_f64(0.0); CHUNK];
+            let mut addends = sums;
             while let Some((target, addend)) = next() {
-                for (target, addend) in target.iter_mut().zip(addend) {
-                    *target = T::narrow(target.widen() + addend.widen());
-                }
+                let (sums, addends) = (&mut sums[..target.len()], &mut addends[..target.len()]);
+                T::widen_slice(target, sums);
+                T::widen_slice(addend, addends);
+                sums.iter_mut().zip(addends).for_each(|(sum, addend)| *sum += *addend);
+                T::narrow_slice(sums, target);
             }
         };
         if threads > 1 {

@@ -16,7 +16,7 @@ use std::ops::Range;
 
 use num_traits::Zero;
 
-use super::kernel::{Ahead, Destination, Kernel, PackedRows, RUN, Rows, step_rows};
+use super::kernel::{Ahead, Destination, Kernel, PackedRows, RUN, Rows, VECTORS, step_rows};
 use super::pack::{pack_left, pack_right};
 use crate::epilogue::Epilogue;
 use crate::operand::{Factor, Term};
@@ -151,7 +151,6 @@ pub(crate) unsafe fn product<K: Kernel>(
         sums.partial.resize(rows * stride, K::Sum::zero());
     }
     for (position, block) in blocks.iter().enumerate() {
-        let (first, last) = (position == 0, position + 1 == blocks.len());
         let steps = steps::<K>(terms, block, few);
         let after = match blocks.get(position + 1) {
             Some(block) => Some((terms[block.0].right, block.1.clone())),
@@ -159,59 +158,98 @@ pub(crate) unsafe fn product<K: Kernel>(
         };
         // SAFETY: the block lies in the factor; features: our caller.
         let left = unsafe { pack_left::<K>(terms[block.0].left, block.1.clone(), &mut packed.left) };
+        let stage = Stage { rows, columns, stride, few, first: position == 0, last: position + 1 == blocks.len() };
         for (index, step) in steps.iter().enumerate() {
             let right = terms[step.term].right;
-            let units = step.chunk.len().div_ceil(K::DEPTH);
-            let columns_of = |right: Factor<'_, _>| 0..right.columns().min(step.columns.len());
             let mut ahead = match (steps.get(index + if few { CHUNKS_AHEAD } else { 1 }), &after) {
                 (Some(step), _) => memory(right, step.chunk.clone(), step.columns.clone()),
-                (None, Some((right, depth))) => memory(*right, depth.clone(), columns_of(*right)),
+                (None, Some((right, depth))) => {
+                    memory(*right, depth.clone(), 0..right.columns().min(step.columns.len()))
+                }
                 (None, None) => Ahead::nothing(),
             };
+            let units = step.chunk.len().div_ceil(K::DEPTH);
             packed.right.resize(units * step.columns.len().next_multiple_of(K::PANEL), K::Unit::default());
             // With many rows, the memory has been announced while the step before was computed.
             let mut none = Ahead::nothing();
             let meanwhile = if few { &mut ahead } else { &mut none };
             // SAFETY: features: our caller.
-            unsafe { pack_right::<K>(right, step.chunk.clone(), step.columns.clone(), meanwhile, &mut packed.right) };
-            let calls = rows.div_ceil(K::ROWS) * step.columns.len().div_ceil(K::PANEL);
-            let portion = if few { 0 } else { ahead.portion(calls * units.div_ceil(RUN)) };
-            let done = (step.chunk.start - step.block.start) / K::DEPTH;
-            for row in (0..rows).step_by(K::ROWS) {
-                let count = K::ROWS.min(rows - row);
-                let offset = row * left.rows.stride + done * left.step;
-                // SAFETY: the packed block has these rows and units.
-                let from = unsafe { left.rows.first.add(offset) };
-                let left = PackedRows { rows: Rows { first: from, stride: left.rows.stride }, step: left.step };
-                for column in step.columns.clone().step_by(K::PANEL) {
-                    let panel = column - step.columns.start;
-                    let tile = if few { &mut sums.tile[panel * K::ROWS..] } else { &mut sums.tile[..] };
-                    let tile = &mut tile[..K::ROWS * K::PANEL];
-                    let whole = step.chunk.end == step.block.end;
-                    let to_partial = whole && !last;
-                    let add_partial = whole && !first;
-                    let partial = if to_partial || add_partial {
-                        sums.partial[row * stride + column..(row + count) * stride].as_mut_ptr()
-                    } else {
-                        std::ptr::null_mut()
-                    };
-                    let destination = Destination {
-                        tile: tile.as_mut_ptr(),
-                        partial,
-                        stride,
-                        continued: done > 0,
-                        add_partial,
-                        to_partial,
-                    };
-                    let right = packed.right[panel * units..].as_ptr();
-                    // SAFETY: the tile has ROWS rows of a panel's columns and so have, from that column on, the partial
-                    // sums of `count` rows; `units` rows of the panel are at `right`, and `count` packed rows of `units`
-                    // at `left`; features: our caller.
-                    unsafe { step_rows::<K>(count, units, left, right, destination, &mut ahead, portion) };
-                    if whole && last {
-                        finish::<K>(epilogue, row, column, columns, &mut tile[..count * K::PANEL]);
+            unsafe {
+                pack_right::<K>(right, step.chunk.clone(), step.columns.clone(), meanwhile, &mut packed.right);
+                multiply_step::<K>(stage, step, left, &packed.right, sums, &mut ahead, epilogue);
+            }
+        }
+    }
+}
+
+/// A block on its way through a product.
+#[derive(Clone, Copy)]
+struct Stage {
+    rows: usize,
+    columns: usize,
+    /// Columns between rows of partial sums.
+    stride: usize,
+    /// Whether chains go on from chunk to chunk.
+    few: bool,
+    /// Whether there are no sums of blocks before.
+    first: bool,
+    /// Whether the sums are finished with this block.
+    last: bool,
+}
+
+/// Multiplies all rows of a packed block by the packed columns of one step.
+///
+/// # Safety
+/// `left` are the stage's packed rows with the units of the step's block; the processor has the kernel's features.
+#[inline(always)]
+unsafe fn multiply_step<K: Kernel>(
+    stage: Stage,
+    step: &Step,
+    left: PackedRows<K::Unit>,
+    right: &[K::Unit],
+    sums: &mut Sums<K::Sum>,
+    ahead: &mut Ahead,
+    epilogue: &mut Epilogue<'_, K::Element>,
+) {
+    let Stage { rows, columns, stride, few, first, last } = stage;
+    let units = step.chunk.len().div_ceil(K::DEPTH);
+    let done = (step.chunk.start - step.block.start) / K::DEPTH;
+    let whole = step.chunk.end == step.block.end;
+    let (to_partial, add_partial) = (whole && !last, whole && !first);
+    let calls = rows.div_ceil(K::ROWS) * step.columns.len().div_ceil(K::PANEL);
+    let portion = if few { 0 } else { ahead.portion(calls * units.div_ceil(RUN)) };
+    for row in (0..rows).step_by(K::ROWS) {
+        let count = K::ROWS.min(rows - row);
+        let offset = row * left.rows.stride + done * left.step;
+        // SAFETY: the packed block has these rows and units.
+        let from = unsafe { left.rows.first.add(offset) };
+        let left = PackedRows { rows: Rows { first: from, stride: left.rows.stride }, step: left.step };
+        for column in step.columns.clone().step_by(K::PANEL) {
+            let panel = column - step.columns.start;
+            let tile = &mut sums.tile[if few { panel * K::ROWS } else { 0 }..][..K::ROWS * K::PANEL];
+            let partial = if to_partial || add_partial {
+                sums.partial[row * stride + column..(row + count) * stride].as_mut_ptr()
+            } else {
+                std::ptr::null_mut()
+            };
+            if whole && last {
+                for i in 0..count {
+                    let place = epilogue.place(row + i, column);
+                    for vector in 0..VECTORS {
+                        // SAFETY: an announcement; features: our caller.
+                        unsafe { K::prefetch_near(place.wrapping_add(vector * K::LANES)) };
                     }
                 }
+            }
+            let continued = done > 0;
+            let sums = Destination { tile: tile.as_mut_ptr(), partial, stride, continued, add_partial, to_partial };
+            let right = right[panel * units..][..units * K::PANEL].as_ptr();
+            // SAFETY: the tile has ROWS rows of a panel's columns and so have, from that column on, the partial sums of
+            // `count` rows; `units` rows of the panel are at `right`, and `count` packed rows of `units` at `left`;
+            // features: our caller.
+            unsafe { step_rows::<K>(count, units, left, right, sums, ahead, portion) };
+            if whole && last {
+                finish::<K>(epilogue, row, column, columns, &mut tile[..count * K::PANEL]);
             }
         }
     }
