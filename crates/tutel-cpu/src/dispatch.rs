@@ -49,9 +49,9 @@ pub fn dispatch<T: Scalar>(
 const STREAM_FROM: usize = 32 << 20;
 
 /// The rows, those of one token together: a token that is read from memory then stays in the cache for all of its
-/// rows. `None` where the tokens fit a cache as they are, or rows are too short for the detour.
+/// rows. `None` where the tokens fit the last cache as they are, or rows are too short for the detour.
 fn in_order_of_tokens<T>(row_choice: &[i64], shape: RowShape) -> Option<Vec<u32>> {
-    const CACHE: usize = 1 << 20;
+    const CACHE: usize = 16 << 20;
     const LEAST_ROW: usize = 512;
     let row_bytes = shape.width * size_of::<T>();
     if shape.top_k < 2

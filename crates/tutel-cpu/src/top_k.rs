@@ -6,7 +6,7 @@
 //! candidates = the keys that reach it, in their order
 //! each candidate's rank = how many candidates go before it
 //! ```
-//! All of it is loops without branches but for the walk over the candidates.
+//! All of it is loops without branches.
 use tutel_core::Real;
 
 use crate::arch::Features;

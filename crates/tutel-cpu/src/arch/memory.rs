@@ -1,13 +1,14 @@
 //! Hints about memory.
 use std::mem::MaybeUninit;
 
-/// Asks for the cache line at the start of the slice.
+/// Asks for the cache line at the start of the slice, to come as near as the second-level cache: what comes next may be
+/// more than the first level holds beside what is in use.
 #[inline(always)]
 pub(crate) fn prefetch<T>(line: &[T]) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint, part of x86-64's baseline; it does nothing for addresses that cannot be read.
     unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.as_ptr().cast());
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(line.as_ptr().cast());
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = line;
