@@ -16,8 +16,10 @@ def takes_tokens(experts: nn.Module, tokens: Tensor) -> bool:
     """Whether the experts compute these tokens by ``compute_tokens``, without rows in between."""
     if not hasattr(experts, "compute_tokens") or experts.fused() is None:  # type: ignore[operator]
         return False
-    weight = next(experts.parameters())
-    return compute_dtype(tokens, weight) == tokens.dtype == weight.dtype
+    # Where somebody computes in another dtype, rows are cast before and after.
+    return all(
+        compute_dtype(tokens, parameter) == tokens.dtype == parameter.dtype for parameter in experts.parameters()
+    )
 
 
 def compute_experts(experts: nn.Module, rows: Rows | PaddedRows, context: ExpertContext) -> Rows | PaddedRows:

@@ -2,8 +2,6 @@
 //!
 //! The loops of a kernel become the instructions of the function that they are inlined into. Nothing here reorders or
 //! contracts arithmetic, so all levels compute the same bits.
-use std::any::Any;
-
 use tutel_core::Real;
 
 use super::level::Level;
@@ -149,5 +147,5 @@ impl Features for Avx512 {
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn same_type<T: 'static, U: 'static>(value: &T) -> Option<&U> {
-    (value as &dyn Any).downcast_ref()
+    (value as &dyn std::any::Any).downcast_ref()
 }
