@@ -31,6 +31,18 @@ def emptied():
     return tensor
 
 
+def weight_grad(left, right, offsets, left_choice=None, right_choice=None, top_k=1):
+    return ops.grouped_gemm_weight_grad(left, right, offsets, left_choice, right_choice, top_k)
+
+
+def hidden(rows, weight, *, choice=None, bias=None, value=None, activation=0):
+    return ops.expert_hidden(rows, choice, 1, weight, bias, value, OFFSETS, False, activation, True)
+
+
+def hidden_grad(grad, weight, *, choice=None, value=None):
+    return ops.expert_hidden_grad(grad, choice, None, weight, False, OFFSETS, 0, f(3, 6), value, True)
+
+
 BAD = [
     (lambda: ops.select_experts(f(3), 1, True, True), "select_experts: logits must have 2 dimensions, got shape [3]"),
     (lambda: ops.select_experts(LOGITS, 0, True, True), "top_k must be between 1 and the number of experts (4), got 0"),
@@ -100,9 +112,24 @@ BAD = [
     (lambda: ops.grouped_gemm(ROWS, WEIGHT, f(2, 4), OFFSETS, False), "bias must have shape [2, 5], got [2, 4]"),
     (lambda: ops.grouped_gemm(ROWS, WEIGHT.bfloat16(), None, OFFSETS, False), "tensor of float32, found bfloat16"),
     (lambda: ops.grouped_gemm(ROWS, f(2, 5, 4).mT, None, OFFSETS, False), "weight: expected a contiguous tensor"),
-    (lambda: ops.grouped_gemm_weight_grad(ROWS, f(4, 4), OFFSETS), "rows of left and right must agree, got 3 and 4"),
-    (lambda: ops.grouped_gemm_weight_grad(ROWS, ROWS.half(), OFFSETS), "expected a tensor of float32, found float16"),
-    (lambda: ops.grouped_gemm_weight_grad(ROWS, ROWS, i64(0)), "offsets has 0 elements, expected 1"),
+    (lambda: weight_grad(ROWS, f(4, 4), OFFSETS), "rows of left and right must agree, got 3 and 4"),
+    (lambda: weight_grad(ROWS, ROWS.half(), OFFSETS), "expected a tensor of float32, found float16"),
+    (lambda: weight_grad(ROWS, ROWS, i64(0)), "offsets has 0 elements, expected 1"),
+    (lambda: weight_grad(ROWS, ROWS, OFFSETS, i64(3) + 6, None, 2), "row_choice[0] is 6, allowed are -1 (none) and 0"),
+    (lambda: weight_grad(ROWS, ROWS, OFFSETS, None, i64(3) - 2, 2), "row_choice[0] is -2, allowed are -1 (none) and 0"),
+    (lambda: weight_grad(ROWS, ROWS, OFFSETS, None, i64(3), -1), "top_k must not be negative, got -1"),
+    (lambda: ops.grouped_gemm_pair(ROWS, WEIGHT, f(4, 4), WEIGHT, OFFSETS, False), "other_rows must have shape [3, 4]"),
+    (lambda: ops.grouped_gemm_pair(ROWS, WEIGHT, ROWS, f(2, 5, 4), OFFSETS, False), "other_weight must have shape"),
+    (lambda: hidden(ROWS, WEIGHT, activation=99), "activation must be between 0 and 6, got 99"),
+    (lambda: hidden(ROWS, f(2, 5, 4)), "inner size of weight must agree, got 4 and 5"),
+    (lambda: hidden(ROWS, WEIGHT, bias=f(2, 4)), "bias must have shape [2, 5], got [2, 4]"),
+    (lambda: hidden(ROWS, WEIGHT, value=f(2, 5, 4)), "value_weight must have shape [2, 4, 5], got [2, 5, 4]"),
+    (lambda: hidden(ROWS, WEIGHT, choice=i64(4) + 3), "row_choice[0] is 3, allowed are -1 (none) and 0 up to"),
+    (lambda: hidden_grad(ROWS, f(2, 6, 5)), "width of grad and of the experts' output must agree, got 4 and 5"),
+    (lambda: hidden_grad(ROWS, f(2, 5, 4)), "hidden size of weight must agree, got 6 and 5"),
+    (lambda: hidden_grad(f(4, 4), f(2, 6, 4)), "numbers of rows of pre and grad must agree, got 3 and 4"),
+    (lambda: hidden_grad(ROWS, f(2, 6, 4), choice=i64(3)), "row_choice and weights must be given together"),
+    (lambda: hidden_grad(ROWS, f(2, 6, 4), value=f(3, 5)), "value must have shape [3, 6], got [3, 5]"),
     (lambda: ops.grouped_sum(ROWS, i64(0)), "offsets has 0 elements, expected 1"),
     (lambda: ops.grouped_sum(ROWS, i64(1, 3)), "offsets must have 1 dimensions, got shape [1, 3]"),
     (lambda: ops.grouped_sum(emptied(), OFFSETS), "needs 48 bytes, but its storage holds 0"),

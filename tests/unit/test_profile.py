@@ -13,6 +13,8 @@ OPERATORS = [
     "dispatch",
     "combine",
     "row_dot",
+    "expert_hidden",
+    "expert_hidden_grad",
     "grouped_gemm",
     "grouped_gemm_weight_grad",
     "grouped_sum",
@@ -46,11 +48,13 @@ def test_operators_of_a_step():
     assert products.get("aten::addmm", 0) == 0
     called = {name.removeprefix("tutel::"): count for name, count in counts.items() if name.startswith("tutel::")}
     assert sorted(called) == sorted(OPERATORS)
-    # Two layers an expert: forward and the rows' gradient of each.
-    assert called["grouped_gemm"] == 4
+    # An expert's first layer and its second's gradient are the operators of hidden units.
+    assert called["expert_hidden"] == called["expert_hidden_grad"] == 1
+    assert called["grouped_gemm"] == 2
     assert called["grouped_gemm_weight_grad"] == 2
-    # Forward, and the gradient of the other.
-    assert called["dispatch"] == called["combine"] == 2
+    # Tokens become rows only for the gradient of the second bias; rows are combined forward and backward.
+    assert called["dispatch"] == 1
+    assert called["combine"] == 2
 
 
 class Outputs(TorchDispatchMode):
