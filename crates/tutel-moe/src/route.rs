@@ -1,7 +1,7 @@
 //! Logits to a plan: who goes where, with which weight, and what is dropped.
-use tutel_core::{NOT_ROUTED, Real, RoutePlan, RoutingShape, RowShape};
+use tutel_core::{NOT_ROUTED, RoutePlan, RoutingShape, RowShape};
 use tutel_cpu::owned::Selection;
-use tutel_cpu::{RowsOf, Scalar};
+use tutel_cpu::{RowsOf, Scalar, by_choice, by_row, row_tokens};
 
 use crate::Error;
 use crate::aux_loss::{aux_loss, aux_loss_grad};
@@ -51,8 +51,7 @@ impl Routing {
         let shape = RoutingShape::new(tokens, self.experts, self.top_k)?;
         let selection = kernels.select(&logits, shape, self.normalize_gate)?;
         let plan = kernels.assign::<T>(&selection, self.batch_prioritized, shape, self.capacity(tokens))?;
-        let token = |&choice: &i64| usize::try_from(choice).map_or(0, |choice| choice / self.top_k);
-        let row_tokens = plan.row_choice.iter().map(token).collect();
+        let row_tokens = row_tokens(&plan.row_choice, RowShape::new(tokens, shape.choices(), 0, self.top_k)?)?;
         Ok(Routed { logits, shape, selection, plan, row_tokens })
     }
 
@@ -70,11 +69,6 @@ impl Routing {
     }
 }
 
-/// The value that an index names; 0 where it names none.
-fn at<A: Real>(values: &[A], index: i64) -> A {
-    usize::try_from(index).map_or(A::zero(), |index| values[index])
-}
-
 impl<T: Scalar> Routed<T> {
     /// Sizes of dispatch and combine, for tokens and rows of this width.
     pub(crate) fn row_shape(&self, width: usize) -> Result<RowShape, Error> {
@@ -88,12 +82,14 @@ impl<T: Scalar> Routed<T> {
 
     /// Weights `[T, K]` by row, `[R]`; 0 for rows that are unused.
     pub(crate) fn by_row(&self, weights: &[T::Accumulator]) -> Vec<T::Accumulator> {
-        self.plan.row_choice.iter().map(|&choice| at(weights, choice)).collect()
+        by_row(weights, &self.plan.row_choice)
     }
 
     /// Values `[R]` by choice, `[T, K]`; 0 for choices that are dropped.
     pub(crate) fn by_choice(&self, values: &[T::Accumulator]) -> Vec<T::Accumulator> {
-        self.plan.row_index.iter().map(|&row| at(values, row)).collect()
+        let mut output = vec![T::Accumulator::default(); self.shape.choices()];
+        by_choice(values, &self.plan.row_choice, &mut output);
+        output
     }
 
     /// `[T, K]`: the expert of each choice, -1 where it is dropped.

@@ -50,11 +50,7 @@ fn hidden_grad<T: TorchScalar>(
         row_choice.as_ref().map(|choices| slice_of(choices, "row_choice")).transpose()?.unwrap_or(&[]);
     let weights: Option<&[T::Accumulator]> = optional_slice(weights.as_ref(), "weights", &[height, top_k])?;
     // `gather` has checked the choices.
-    let of_row = |&choice: &i64| usize::try_from(choice).ok();
-    let row_weights: Option<Vec<T::Accumulator>> = weights.map(|weights| {
-        choices.iter().map(|choice| of_row(choice).map_or_else(T::Accumulator::default, |c| weights[c])).collect()
-    });
-
+    let row_weights = weights.map(|weights| tutel_cpu::by_row(weights, choices));
     let sizes = |wanted: bool| if wanted { [num_rows, outer] } else { [0, 0] };
     let mut grad_pre = UninitTensor::<T>::new(&sizes(true), grad.device())?;
     let mut grad_value = UninitTensor::<T>::new(&sizes(value.is_some()), grad.device())?;
@@ -81,11 +77,7 @@ fn hidden_grad<T: TorchScalar>(
     if let Some(dots) = dots {
         let by_choice = grad_weights.as_uninit_mut()?;
         by_choice.fill(std::mem::MaybeUninit::new(T::Accumulator::default()));
-        for (choice, dot) in choices.iter().zip(dots) {
-            if let Some(choice) = of_row(choice) {
-                by_choice[choice] = dot;
-            }
-        }
+        tutel_cpu::by_choice(&dots, choices, by_choice);
     }
     Ok((grad_pre.into_tensor(), grad_value.into_tensor(), weighted.into_tensor(), grad_weights.into_tensor()))
 }
