@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from tutel import config, env
 from tutel.config import CustomGateConfig, LinearGateConfig, MegatronGateConfig, RoutingConfig
 from tutel.dispatcher import Dispatchers
-from tutel.distributed.agreement import GroupSync
 from tutel.distributed.dtensor import take_local
 from tutel.distributed.groups import world_size
+from tutel.distributed.handshake import GroupSync
 from tutel.distributed.shards import gathered_weights
 from tutel.errors import check_bool, check_callable, check_int, check_number, check_tensor
 from tutel.experts import ExpertContext, ExpertWork, make_experts
