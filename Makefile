@@ -125,7 +125,7 @@ bench-profile: $(BENCH) ## show where the processor time of the main workloads g
 
 develop: $(TOOLS) ## install an editable build, for working on the code (make setup brings the wheel back)
 	@rm -f $(INSTALLED)
-	@$(RUN) -m pip install --quiet "torch>=2.10" "tqdm>=4.60"
+	@$(RUN) -m pip install --quiet "torch>=2.10" "tqdm>=4.60" "rich>=13"
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(RUN) -m maturin develop --release --locked
 
 freeze: setup ## accept the present public names as the frozen ones
