@@ -9,9 +9,8 @@ from tutel.commands import main, quantities
 from tutel.commands.plan import OVERLAP_DEGREES
 from tutel.distributed.cost import Links, Sizes, choose_degree, cost
 
-SHARED = (
-    "--world-size 8 --node-size 4 --shards 4 --top 1 --tokens 256 --model-dim 64 --hidden 4096 --dtype float32".split()
-)
+SHARED = ["--world-size=8", "--node-size=4", "--shards=4", "--top=1", "--tokens=256", "--model-dim=64"]
+SHARED += ["--hidden=4096", "--dtype=float32"]
 SIZES = Sizes(256, 64, 4096, 64, num_experts=2, top_k=1, world_size=8, element_size=4)
 
 
