@@ -12,6 +12,7 @@ LINKS = Links(intra=64.0, inter=16.0, latency_intra=0.5, latency_inter=3.0, node
 
 def sizes_of(ranks=16, experts=4, **fields):
     given = {"tokens": 32, "model_dim": 6, "hidden": 10, "output_dim": 6, "top_k": 2, "element_size": 4}
+    given["biases"] = False
     return Sizes(num_experts=experts, world_size=ranks, **{**given, **fields})
 
 
@@ -71,7 +72,7 @@ def test_rows_are_exchanged_as_a_simulation_does(ranks, hierarchical, simulate):
     for rank in range(ranks):
         parts = [
             simulate(ranks, LINKS, size, rank)
-            for size in (8 * ranks, 4 * sizes.rows * sizes.model_dim, 4 * sizes.rows * sizes.output_dim)
+            for size in (8 * 10 * ranks, 4 * sizes.rows * sizes.model_dim, 4 * sizes.rows * sizes.output_dim)
         ]
         assert found.messages == sum(part.messages for part in parts)
         assert found.bytes_tokens == pytest.approx(sum(part.bytes for part in parts))
@@ -98,14 +99,15 @@ def ring(members, links, part):
     held = [{index} for index in range(len(members))]
     moving = list(range(len(members)))
     steps, seconds = 0, 0.0
-    per_node = len(members) // len({member // links.node_size for member in members})
+    nodes = [member // links.node_size for member in members]
+    per_node = min(map(nodes.count, nodes))
     while not all(len(parts) == len(members) for parts in held):
         times = []
         for index, member in enumerate(members):
             after = members[(index + 1) % len(members)]
             within = member // links.node_size == after // links.node_size
             # The only link that leaves a node has what all of the node's members have together.
-            bandwidth = links.intra if within else per_node * links.inter
+            bandwidth = links.intra if within else min(links.intra, per_node * links.inter)
             times.append((links.latency_intra if within else links.latency_inter, part / bandwidth))
         moving = [moving[index - 1] for index in range(len(members))]
         for index, arrived in enumerate(moving):
@@ -119,12 +121,40 @@ def ring(members, links, part):
 @pytest.mark.parametrize("local", [1, 3])
 def test_weights_of_all_ranks_are_gathered_in_a_ring(ranks, local):
     sizes = sizes_of(ranks, ranks * local, top_k=1)
-    part = local * (6 * 10 + 10 * 6) * 4
+    part = local * 6 * 10 * 4
     steps, seconds = ring(list(range(ranks)), LINKS, part)
     found = cost(sizes, LINKS, 0, training=False)
-    assert (found.messages, found.bytes_weights, found.bytes_tokens) == (steps, steps * part, 0)
-    assert found.seconds_exchange == pytest.approx(seconds)
-    assert cost(sizes, LINKS, 0, training=True).bytes_weights == 2 * steps * part
+    # Two matrices of one size, one after the other.
+    assert (found.messages, found.bytes_weights, found.bytes_tokens) == (2 * steps, 2 * steps * part, 0)
+    assert found.seconds_exchange == pytest.approx(2 * seconds)
+    assert cost(sizes, LINKS, 0, training=True).bytes_weights == 4 * steps * part
+
+
+@pytest.mark.parametrize("node_size", [1, 2, 4, 8, 16, 6])
+@pytest.mark.parametrize("r", [1, 2, 4, 8])
+def test_shards_are_gathered_from_neighbours(r, node_size):
+    """Of the blocks of neighbours, the slowest counts."""
+    sizes, links = sizes_of(16, 2, biases=True, output_dim=14), dataclasses.replace(LINKS, node_size=node_size)
+    if 16 % node_size:
+        links = dataclasses.replace(links, node_size=1)
+    alone = dataclasses.replace(sizes, tokens=0)
+    found = cost(alone, links, r, training=False)
+    counts = direct(16, links, 8 * 10 * 16, 0)
+    empty = [direct(16, links, 0, 0)] * 2
+    hidden = [4 * elements / 8 for elements in (6 * 10, 10 * 14, 10)]
+    rings = [(8 // r, part) for part in hidden] + [(8, 4 * 14 / 8)]
+    slowest = [
+        max(
+            (ring(list(range(first, first + size)), links, part) for first in range(0, 16, size)),
+            key=lambda run: run[1],
+        )
+        for size, part in rings
+    ]
+    assert found.messages == sum(steps for steps, _ in slowest) + sum(sent.messages for sent in [counts, *empty])
+    assert found.bytes_weights == sum(steps * part for (steps, _), (_, part) in zip(slowest, rings, strict=True))
+    assert found.seconds_exchange == pytest.approx(
+        sum(seconds for _, seconds in slowest) + sum(sent.seconds for sent in [counts, *empty])
+    )
 
 
 @pytest.mark.parametrize("r", [1, 2, 4])
@@ -134,8 +164,15 @@ def test_bytes_of_each_degree_between(r):
     shard = (6 * 8 + 8 * 6) * 4 / 4
     assert found.bytes_weights == 2 * (4 / r - 1) * shard
     rows = 32 * 2 * (6 + 6) * 4 * 15 / 16
-    assert found.bytes_tokens == 2 * r * rows + 8 * 15
+    assert found.bytes_tokens == 2 * r * rows + 8 * 10 * 15
     assert found.seconds_compute == pytest.approx(3 * 2 * 64 * (6 * 8 + 8 * 6) / 1e3)
+
+
+def test_rows_may_be_narrower_while_they_travel():
+    wide, narrow = (cost(sizes_of(wire_size=size), LINKS, 2, training=True) for size in (None, 1))
+    told = 8 * 10 * 15
+    assert wide.bytes_tokens - told == 4 * (narrow.bytes_tokens - told)
+    assert wide.bytes_weights == narrow.bytes_weights
 
 
 # -- overlap --------------------------------------------------------------------------------------------------------
@@ -169,7 +206,7 @@ def shortest_schedule(chunks, come, compute, go):
 def test_overlap_is_what_the_best_schedule_reaches(chunks, rate):
     sizes, links = sizes_of(8, 8, output_dim=12), dataclasses.replace(LINKS, rate=rate)
     found = cost(sizes, links, 1, training=False, overlap_degree=chunks)
-    counts = direct(8, links, 8 * 8, 0).seconds
+    counts = direct(8, links, 8 * 8 * (9 + chunks), 0).seconds
     come, go = (direct(8, links, 4 * sizes.rows * width / chunks, 0).seconds for width in (6, 12))
     best = counts + shortest_schedule(chunks, come, found.seconds_compute, go)
     assert found.seconds_total <= best * (1 + 1e-12)
@@ -180,9 +217,9 @@ def test_overlap_is_what_the_best_schedule_reaches(chunks, rate):
 
 
 def test_overlap_hides_what_is_shorter_and_costs_messages():
-    sizes = sizes_of(16, 16, tokens=10_000)
+    sizes = sizes_of(16, 16, tokens=1_000_000)
     links = dataclasses.replace(LINKS, latency_intra=0.0, latency_inter=0.0)
-    links = dataclasses.replace(links, rate=2 * sizes.rows * sizes.expert_weights / 5_000)
+    links = dataclasses.replace(links, rate=2 * sizes.rows * sizes.expert_weights / 500_000)
     totals = [cost(sizes, links, 1, training=True, overlap_degree=d).seconds_total for d in (1, 2, 4, 64)]
     assert totals == sorted(totals, reverse=True)
     whole = cost(sizes, links, 1, training=True)
@@ -248,7 +285,7 @@ def test_no_rank_but_one_costs_no_exchange():
 
 def test_no_tokens():
     found = cost(sizes_of(tokens=0), LINKS, 4, training=True)
-    assert (found.seconds_compute, found.bytes_tokens) == (0, 8 * 15)
+    assert (found.seconds_compute, found.bytes_tokens) == (0, 8 * 10 * 15)
 
 
 # -- rows and memory ------------------------------------------------------------------------------------------------
@@ -290,6 +327,7 @@ def test_memory():
         ({"experts": 6}, r"num_experts must divide world_size \(16\) or be a multiple of it, got 6"),
         ({"capacity_factor": float("nan")}, "capacity_factor must be finite, got nan"),
         ({"matrices": 1}, "matrices must be at least 2, got 1"),
+        ({"wire_size": 0}, "wire_size must be above 0, got 0"),
     ],
 )
 def test_sizes_are_checked(fields, text):

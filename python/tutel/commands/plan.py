@@ -108,7 +108,7 @@ def _add_layer(group: argparse._ArgumentGroup) -> None:
     )
     experts.add_argument("--shards", type=int, metavar="N", help="instead: ranks that share one expert")
     add("--capacity-factor", type=float, default=0.0, metavar="F", help="as the gate's (default: 0, drops nothing)")
-    add("--gated", action="store_true", help="experts of three matrices, as llama_ffn")
+    add("--gated", action="store_true", help="experts of three matrices and no biases, as llama_ffn")
     add("--dtype", choices=_ELEMENT_SIZES, default="bfloat16", help="of rows and weights (default: %(default)s)")
 
 
@@ -173,6 +173,7 @@ def sizes_of(options: argparse.Namespace, world_size: int) -> Sizes:
         element_size=_ELEMENT_SIZES[options.dtype],
         capacity_factor=options.capacity_factor,
         matrices=3 if options.gated else 2,
+        biases=not options.gated,
     )
 
 

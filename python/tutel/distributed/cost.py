@@ -20,15 +20,17 @@ The same bytes cross between nodes, in messages m times as large; inside, nearly
 **All-gather and reduce-scatter** of p equal parts of b bytes, as a ring (Thakur, Rabenseifner, Gropp, *Optimization of
 collective communication operations in MPICH*, 2005): p - 1 steps, in each of which every rank passes on one part,
 ``(p - 1) (a + b / B)``. In a ring over nodes, one rank of each node sends to another node, and has for itself what the
-node's q ranks in the ring have together: B = min(B_in, q B_out), and a = a_out.
+node's q ranks in the ring have together: B = min(B_in, q B_out), and a = a_out. Blocks of p neighbours that do not fit
+into nodes have q = gcd(p, m).
 
 **Modes** (Hwang et al., *Tutel: Adaptive Mixture-of-Experts at Scale*, MLSys 2023; its P1 and P2 are r = 1 and r = n).
-With P = (matrices - 1) H D + H D_out weights an expert, forward:
+An expert has P = (matrices - 1) H D + H D_out weights, and perhaps H + D_out biases. Forward:
 
-- r = 0, data parallel: tokens stay. The W parts of all weights are gathered, E P / W each.
+- r = 0, data parallel: tokens stay. Each parameter is gathered from all W ranks.
 - r >= 1: each row goes to the r ranks of one of an expert's n / r subgroups, and r partial sums of it come back: two
-  all-to-alls, of r N D s and r N D_out s bytes. Before, ranks tell each other how many rows come, 8 bytes an expert or
-  rank. Each of the r ranks computes H / r hidden units and gathers n / r of the expert's n shards for it, P / n each.
+  all-to-alls, of r N D s and r N D_out s bytes. Before, ranks tell each other how many rows come, and what they have to
+  have in common: W (d e + 9) numbers of 8 bytes. Each of the r ranks computes H / r hidden units, and gathers n / r of
+  the expert's n shards from its neighbours for that, parameter by parameter; biases of outputs come from all n.
 
 In training the outputs' gradients go where rows went, and the rows' gradients come back: the same bytes once more.
 Gathered weights are kept until then; their gradients are reduced and scattered: the same bytes once more.
@@ -50,12 +52,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tutel.errors import check_int, check_number, one_of
+from tutel.errors import check_bool, check_int, check_number, one_of
 
 #: The backward pass of a product is two products.
 _BACKWARD = 2
-#: Bytes of a count of rows.
-_COUNT = 8
+#: Bytes of a number that ranks tell each other, and how many there are beside counts of rows.
+_NUMBER = 8
+_SETTINGS = 9
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Sizes:
         element_size: s, bytes of an element.
         capacity_factor: The gate's: of |f| > 0, an expert takes at most K int(|f| ceil(T / E)) choices of a rank.
         matrices: Matrices of an expert: 2, or 3 where hidden units are gated.
+        biases: Whether both layers of an expert have biases.
+        wire_size: s of rows while they travel, where they are narrowed.
 
     Raises:
         TypeError: If one has the wrong type.
@@ -89,6 +94,8 @@ class Sizes:
     element_size: int
     capacity_factor: float = 0.0
     matrices: int = 2
+    biases: bool = True
+    wire_size: float | None = None
 
     def __post_init__(self) -> None:
         check_int("tokens", self.tokens, at_least=0)
@@ -96,6 +103,9 @@ class Sizes:
             check_int(name, getattr(self, name), at_least=1)
         check_int("matrices", self.matrices, at_least=2)
         check_number("capacity_factor", self.capacity_factor)
+        check_bool("biases", self.biases)
+        if self.wire_size is not None and check_number("wire_size", self.wire_size) <= 0:
+            raise ValueError(f"wire_size must be above 0, got {self.wire_size}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k must be at most num_experts ({self.num_experts}), got {self.top_k}")
         if self.num_experts % self.world_size and self.world_size % self.num_experts:
@@ -126,6 +136,17 @@ class Sizes:
     def expert_weights(self) -> int:
         """P, elements of one expert's matrices."""
         return self.hidden * ((self.matrices - 1) * self.model_dim + self.output_dim)
+
+    @property
+    def hidden_parameters(self) -> list[int]:
+        """Elements of each of one expert's parameters that belong to hidden units."""
+        first = [self.hidden * self.model_dim] * (self.matrices - 1)
+        return [*first, self.hidden * self.output_dim, *([self.hidden] if self.biases else [])]
+
+    @property
+    def output_parameters(self) -> list[int]:
+        """Likewise of those that do not."""
+        return [self.output_dim] if self.biases else []
 
 
 @dataclass(frozen=True)
@@ -195,6 +216,11 @@ class _Sent:
     messages: int = 0
     seconds: float = 0.0
 
+    @classmethod
+    def sum(cls, parts: "list[_Sent]") -> "_Sent":
+        """Do one after the other."""
+        return cls(*map(sum, zip(*((part.sent, part.messages, part.seconds) for part in parts), strict=True)))
+
 
 def valid_degrees(shards: int) -> list[int]:
     """Return the degrees that n ranks can share an expert in: 0, and the divisors of n."""
@@ -225,12 +251,13 @@ def cost(
     if r not in allowed:
         raise ValueError(f"degree must be {one_of(allowed)}, got {r}")
     m = _node_size(sizes.world_size, links)
-    weights = _weights(sizes, links, r)
+    weights = _Sent.sum(_weights(sizes, links, r))
     compute = 2 * sizes.rows * sizes.expert_weights / links.rate
     counts, come, go = _Sent(), _Sent(), _Sent()
     if r > 0:
-        row_bytes = r * sizes.rows * sizes.element_size / chunks
-        counts = _all_to_all(max(sizes.num_experts, sizes.world_size) * _COUNT, sizes.world_size, links, hierarchical)
+        row_bytes = r * sizes.rows * (sizes.element_size if sizes.wire_size is None else sizes.wire_size) / chunks
+        told = sizes.world_size * (chunks * sizes.local_experts + _SETTINGS) * _NUMBER
+        counts = _all_to_all(told, sizes.world_size, links, hierarchical)
         come = _all_to_all(row_bytes * sizes.model_dim, sizes.world_size, links, hierarchical)
         go = _all_to_all(row_bytes * sizes.output_dim, sizes.world_size, links, hierarchical)
     else:
@@ -302,24 +329,25 @@ def _all_to_all(size: float, ranks: int, links: Links, hierarchical: bool) -> _S
     )
 
 
-def _ring(part: float, members: int, members_of_node: int, links: Links) -> _Sent:
-    """Gather parts of ``part`` bytes from the members, or reduce and scatter them."""
-    within = members <= members_of_node
-    bandwidth = links.intra if within else min(links.intra, members_of_node * links.inter)
+def _ring(parts: list[float], members: int, m: int, links: Links) -> _Sent:
+    """Gather parts of so many bytes each from neighbouring members, or reduce and scatter them."""
+    within = m % members == 0
+    bandwidth = links.intra if within else min(links.intra, math.gcd(members, m) * links.inter)
     latency = links.latency_intra if within else links.latency_inter
     steps = members - 1
-    return _Sent(steps * part, steps, steps * (latency + part / bandwidth))
+    sent = steps * sum(parts)
+    return _Sent(sent, steps * len(parts), steps * len(parts) * latency + sent / bandwidth)
 
 
-def _weights(sizes: Sizes, links: Links, r: int) -> _Sent:
-    """Gather what a rank needs of weights that others hold."""
-    part = sizes.expert_weights * sizes.element_size * sizes.num_experts / sizes.world_size
+def _weights(sizes: Sizes, links: Links, r: int) -> list[_Sent]:
+    """Gather what a rank needs of parameters that others hold."""
+    share = sizes.element_size * sizes.num_experts / sizes.world_size
     m = _node_size(sizes.world_size, links)
+    hidden = [share * elements for elements in sizes.hidden_parameters]
+    outputs = [share * elements for elements in sizes.output_parameters]
     if r == 0:
-        return _ring(part, sizes.world_size, m, links)
-    gathered = sizes.shards // r
-    # Those who gather from each other stand r apart, or all of an expert's ranks are in one node.
-    return _ring(part, gathered, gathered if sizes.shards <= m else max(1, m // r), links)
+        return [_ring([*hidden, *outputs], sizes.world_size, m, links)]
+    return [_ring(hidden, sizes.shards // r, m, links), _ring(outputs, sizes.shards, m, links)]
 
 
 def _memory(sizes: Sizes, r: int, *, training: bool, staged: bool) -> float:
@@ -328,14 +356,16 @@ def _memory(sizes: Sizes, r: int, *, training: bool, staged: bool) -> float:
     Rows: tokens and outputs; rows to send and rows received; partial sums computed and received; rows on their way
     through the node, once more.
     """
-    own = sizes.expert_weights * sizes.num_experts / sizes.world_size
-    if r == 0:
-        gathered = float(sizes.expert_weights * sizes.num_experts) if sizes.world_size > 1 else 0.0
-    else:
-        gathered = sizes.expert_weights / r if sizes.shards > r else 0.0
+    expert = sum([*sizes.hidden_parameters, *sizes.output_parameters])
+    own = expert * sizes.num_experts / sizes.world_size
+    gathered = 0.0
+    if r == 0 and sizes.world_size > 1:
+        gathered = float(expert * sizes.num_experts)
+    elif r > 0 and sizes.shards > r:
+        gathered = expert / r
     wide = sizes.model_dim + sizes.output_dim
-    exchanged = 2 * max(r, 1) * sizes.rows * wide if sizes.world_size > 1 and r > 0 else sizes.rows * wide
+    exchanged = 2 * r * sizes.rows * wide if sizes.world_size > 1 and r > 0 else sizes.rows * wide
     through = r * sizes.rows * max(sizes.model_dim, sizes.output_dim) if staged else 0
     hidden = (sizes.matrices - 1) * sizes.rows * sizes.hidden
-    kept = math.fsum([own, gathered]) * (2 if training else 1)
+    kept = (own + gathered) * (2 if training else 1)
     return sizes.element_size * (kept + sizes.tokens * wide + exchanged + through + hidden)
