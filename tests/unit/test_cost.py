@@ -219,7 +219,7 @@ def test_overlap_is_what_the_best_schedule_reaches(chunks, rate):
 def test_overlap_hides_what_is_shorter_and_costs_messages():
     sizes = sizes_of(16, 16, tokens=1_000_000)
     links = dataclasses.replace(LINKS, latency_intra=0.0, latency_inter=0.0)
-    links = dataclasses.replace(links, rate=2 * sizes.rows * sizes.expert_weights / 500_000)
+    links = dataclasses.replace(links, rate=2 * sizes.rows * sizes.expert_weights / 20_000_000)
     totals = [cost(sizes, links, 1, training=True, overlap_degree=d).seconds_total for d in (1, 2, 4, 64)]
     assert totals == sorted(totals, reverse=True)
     whole = cost(sizes, links, 1, training=True)
