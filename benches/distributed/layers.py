@@ -1,4 +1,4 @@
-"""The layer over several ranks: what it sends, what overlap gains, what a switch of modes costs, and the model's word."""
+"""The layer over several ranks: what it sends, what overlap gains, what switches of modes cost, what the model says."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from tutel.distributed.cost import Links, Sizes, choose_degree, cost
+from tutel.distributed.exchange import Swap, finish, start
+from tutel.distributed.trip import direct_trips
+from tutel.distributed.wire import Wire
 
 from benches.distributed.sampling import Effort, alternate, ratio
 from benches.distributed.traffic import watch
 from benches.harness import Spread
 from tutel import moe, net
-from tutel.distributed.cost import Links, Sizes, choose_degree, cost
-from tutel.distributed.exchange import Swap, finish, start
-from tutel.distributed.trip import direct_trips
-from tutel.distributed.wire import Wire
 
 OVERLAP_DEGREES = (1, 2, 4)
 
@@ -36,9 +36,7 @@ class Shape:
     def sizes(self, ranks: int) -> Sizes:
         """Return what the cost model takes."""
         total = self.experts * ranks if self.experts > 0 else ranks // -self.experts
-        return Sizes(
-            self.tokens, self.model_dim, self.hidden, self.model_dim, total, self.top_k, ranks, element_size=4
-        )
+        return Sizes(self.tokens, self.model_dim, self.hidden, self.model_dim, total, self.top_k, ranks, element_size=4)
 
     def layer(self, group: Any = None, experts: int | None = None, **options: Any) -> moe.moe_layer:
         """Make the layer; gates are the same on all ranks."""

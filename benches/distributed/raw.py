@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import distributed
+from tutel.distributed.cost import Links, Sizes, cost
 
 from benches.distributed.sampling import Effort, alternate
 from benches.harness import Spread
-from tutel.distributed.cost import Links, Sizes, cost
 
 #: Bytes that a rank exchanges.
 EXCHANGED = (2**12, 2**16, 2**20, 2**23)

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tutel.distributed.cost import Links
+from tutel.distributed.links import measured_links
 
 from benches.distributed import layers, raw
 from benches.distributed.layers import Compared, Modes, Sent, Shape
 from benches.distributed.sampling import FULL, QUICK, Effort
 from tutel import net
-from tutel.distributed.cost import Links
-from tutel.distributed.links import measured_links
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,7 @@ def shapes(ranks: int) -> list[Shape]:
     """Layers whose modes are compared: rows are most of what moves, weights are, or neither."""
     shards = sorted({2, ranks})
     return [
-        Shape(tokens, 256, hidden, -n, 1)
-        for n in shards
-        for tokens, hidden in [(2048, 256), (256, 1024), (16, 4096)]
+        Shape(tokens, 256, hidden, -n, 1) for n in shards for tokens, hidden in [(2048, 256), (256, 1024), (16, 4096)]
     ]
 
 

@@ -33,7 +33,13 @@ def watch() -> Iterator[Traffic]:
     exchange, gather = distributed.all_to_all_single, distributed.all_gather_into_tensor
     scatter = distributed.reduce_scatter_tensor
 
-    def all_to_all_single(output: Tensor, input: Tensor, receives: Any = None, sends: Any = None, **options: Any) -> Any:  # noqa: A002
+    def all_to_all_single(
+        output: Tensor,
+        input: Tensor,  # noqa: A002
+        receives: Any = None,
+        sends: Any = None,
+        **options: Any,
+    ) -> Any:
         group = options.get("group")
         ranks, me = distributed.get_world_size(group), distributed.get_rank(group)
         own = input.shape[0] // ranks if sends is None else sends[me]
