@@ -66,9 +66,9 @@ def _parts(found: Found) -> list[tuple[str, str, str]]:
         ),
         (
             "Share of the bare bandwidth",
-            "*share* is the bandwidth that our exchange reaches of bare `all_to_all_single` on the same rows and splits, "
-            "*with\ncounts* when it also tells ranks how many rows come, once a forward pass. Least times in ms, medians "
-            "of shares.",
+            "*share* is the bandwidth that our exchange reaches of bare `all_to_all_single` on the same rows and "
+            "splits, *with\ncounts* when it also tells ranks how many rows come, once a forward pass. Least times in "
+            "ms, medians of shares.",
             _bandwidths(found),
         ),
         ("Overlap", f"A training step, forward and backward: {found.overlap.name}. Times in ms.", _overlap(found)),
@@ -79,9 +79,9 @@ def _parts(found: Found) -> list[tuple[str, str, str]]:
         ),
         (
             "Modes, and what the model says",
-            "A training step in each mode, medians in ms. *exchange* is what it takes longer than a step of as many rows "
-            "where\nnothing is exchanged (*alone*); *model* is the cost model with the links as measured, and *x* its "
-            "choice. *loss* is the\ntime in the chosen mode over the time in the fastest.",
+            "A training step in each mode, medians in ms. *exchange* is what it takes longer than a step of as many "
+            "rows where\nnothing is exchanged (*alone*); *model* is the cost model with the links as measured, and *x* "
+            "its choice. *loss* is the\ntime in the chosen mode over the time in the fastest.",
             _modes(found),
         ),
     ]

@@ -25,7 +25,7 @@ from tutel import moe, net
 RANKS = 4
 MODEL_DIM, HIDDEN = 12, 16
 #: Layers one behind the other: e experts a rank, or -n where n ranks share one.
-EXPERTS = (2, 1)
+EXPERTS = (2, -2, -4)
 MOST_TOKENS = 24
 RATE = 1e-3
 #: Largest difference that is allowed, of outputs of about 1.
