@@ -113,7 +113,9 @@ def free_port() -> int:
 
 def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "tutel.moe", "tutel.net", "tutel.system", "pytest"])
+    # torch._dynamo is what optimizers import at their first step, which takes seconds.
+    torch_modules = ["torch", "torch.distributed", "torch.distributed.tensor", "torch._dynamo"]
+    context.set_forkserver_preload([*torch_modules, "tutel.moe", "tutel.net", "tutel.system", "pytest"])
     return context
 
 
