@@ -42,7 +42,9 @@ def torch_arguments(task: env.LauncherTask) -> list[str]:
         # One host alone: nobody else has to know the port, so any free one does.
         return [*shape, "--standalone", "--local_addr=localhost"]
     if not task.master_addr:
-        raise ValueError(f"MASTER_ADDR must be set for {task.count} hosts: the address of the first (-x MASTER_ADDR=...)")
+        raise ValueError(
+            f"MASTER_ADDR must be set, to the first of the {task.count} hosts' address: -x MASTER_ADDR=..."
+        )
     shape += [f"--nnodes={task.count}", f"--node_rank={task.rank}"]
     return [*shape, f"--master_addr={task.master_addr}", f"--master_port={task.master_port}"]
 
