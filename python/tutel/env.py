@@ -233,57 +233,47 @@ def numa_type() -> int:
 
 @dataclass(frozen=True)
 class LauncherTask:
-    """Where :mod:`tutel.launcher.run` was started, by a launcher of one task a host or by hand.
+    """Where :mod:`tutel.launcher.run` was started: as one task of mpiexec or srun, or by hand.
 
     Attributes:
-        rank: ``OMPI_COMM_WORLD_RANK`` or ``SLURM_PROCID``: number of this task, from 0.
-        count: ``OMPI_COMM_WORLD_SIZE`` or ``SLURM_NTASKS``: number of tasks; 0 where nothing started tasks.
-        tasks_here: ``OMPI_COMM_WORLD_LOCAL_SIZE``, or ``SLURM_NTASKS`` divided by ``SLURM_NNODES``: tasks of a host.
+        rank: Number of this task, from 0, as in :class:`Launch`.
+        count: Number of tasks; 0 where it was started by hand.
+        here: Tasks of this host.
         local_size: ``LOCAL_SIZE``: processes that are asked for on each host; 0 where it is not set.
-        master_addr: ``MASTER_ADDR``: address of the first host. Where it is not set: the first of
-            ``SLURM_JOB_NODELIST`` if there are several hosts, localhost if there is one, else "".
+        master_addr: ``MASTER_ADDR``, or what is known of the first host, or "".
         master_port: ``MASTER_PORT``: where the processes meet there (default 23232).
     """
 
     rank: int
     count: int
-    tasks_here: int
+    here: int
     local_size: int
     master_addr: str
     master_port: int
 
 
 def launcher_task() -> LauncherTask:
-    """Read what :mod:`tutel.launcher.run` needs to know.
+    """Read what :mod:`tutel.launcher.run` needs to know; torch's own variables, which it sets for others, do not count.
 
     Raises:
         ValueError: If a variable is no integer or out of range.
     """
-    count = _integer(("OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"), 0)
-    rank = _integer(("OMPI_COMM_WORLD_RANK", "SLURM_PROCID"), 0)
+    sizes = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    slurm = not any(os.environ.get(name) for name in sizes) and _in_slurm_step()
+    count = _integer(("SLURM_NTASKS",) if slurm else sizes, 0)
+    rank = _integer(("SLURM_PROCID",) if slurm else ("OMPI_COMM_WORLD_RANK", "PMI_RANK"), 0)
     if not 0 <= rank < max(count, 1):
         raise ValueError(f"the environment says task {rank} of {count}: it must be at least 0 and below their number")
-    hosts = max(1, _integer(("SLURM_NNODES",), count))
-    tasks_here = _integer(("OMPI_COMM_WORLD_LOCAL_SIZE",), -(-count // hosts))
+    local_sizes = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+    here = _slurm_local_size(count) if slurm else _integer(local_sizes, min(count, 1))
     local_size = _integer(("LOCAL_SIZE",), 0)
     if local_size < 1 and os.environ.get("LOCAL_SIZE"):
         raise ValueError(f"environment variable LOCAL_SIZE must be at least 1, got {local_size}")
-    address = os.environ.get("MASTER_ADDR") or ("localhost" if tasks_here == count else _first_slurm_host())
+    known = "localhost" if here == count else _first_host(os.environ.get("SLURM_STEP_NODELIST", "")) if slurm else ""
     port = _integer(("MASTER_PORT",), 23232)
     if not 0 < port < 65536:
-        raise ValueError(f"environment variable MASTER_PORT must be a port from 1 to 65535, got {port}")
-    return LauncherTask(rank, count, tasks_here, local_size, address, port)
-
-
-def _first_slurm_host() -> str:
-    """Return the first host of a list such as ``gpu[03-07,12],cpu1``: gpu03."""
-    found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", os.environ.get("SLURM_JOB_NODELIST", ""))
-    return "".join(part or "" for part in found.groups()) if found else ""
-
-
-def cuda_sandbox() -> int:
-    """``TUTEL_CUDA_SANDBOX``: 2 lets each process of :mod:`tutel.launcher.run` see one CUDA device, its own."""
-    return _integer(("TUTEL_CUDA_SANDBOX",), 0)
+        raise ValueError(f"environment variable MASTER_PORT must be from 1 to 65535, got {port}")
+    return LauncherTask(rank, count, here, local_size, os.environ.get("MASTER_ADDR") or known, port)
 
 
 def show_one_cuda_device(local_rank: int) -> None:
@@ -302,3 +292,8 @@ def show_one_cuda_device(local_rank: int) -> None:
 def default_omp_num_threads(threads: int) -> None:
     """Set ``OMP_NUM_THREADS``, the threads of a process that is started from here, unless it is set."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def default_gloo_interface(name: str) -> None:
+    """Set ``GLOO_SOCKET_IFNAME``, the network interface on which Gloo listens, unless it is set."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -127,9 +127,7 @@ def _meet(launched: env.Launch, timeout: datetime.timedelta) -> Any:
     try:
         missing = _missing(_PrefixStore("start", store), launched, timeout)
     except distributed.DistError as error:
-        text = (
-            f"{who}: start failed: the store at {where} (of rank 0 or the launcher) ended before all had come"
-        )
+        text = f"{who}: start failed: the store at {where} (of rank 0 or the launcher) ended before all had come"
         raise failure.RankError(text, launched.rank, "start", [0]) from error
     if missing:
         ranks = failure.ranks_as_words(missing)

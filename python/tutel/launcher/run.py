@@ -42,9 +42,7 @@ def torch_arguments(task: env.LauncherTask) -> list[str]:
         # One host alone: nobody else has to know the port, so any free one does.
         return [*shape, "--standalone", "--local_addr=localhost"]
     if not task.master_addr:
-        raise ValueError(
-            f"MASTER_ADDR must be set, to the first of the {task.count} hosts' address: -x MASTER_ADDR=..."
-        )
+        raise ValueError(f"MASTER_ADDR must be the address of the first of {task.count} hosts: -x MASTER_ADDR=...")
     shape += [f"--nnodes={task.count}", f"--node_rank={task.rank}"]
     return [*shape, f"--master_addr={task.master_addr}", f"--master_port={task.master_port}"]
 
@@ -59,13 +57,13 @@ def take_whole_host() -> None:
 
 def start_one(program: list[str], task: env.LauncherTask) -> NoReturn:
     """Become the program: this task, one of several on its host, is one process of it."""
-    if task.local_size not in (0, 1, task.tasks_here):
+    if task.local_size not in (0, task.here):
         raise ValueError(
-            f"LOCAL_SIZE is {task.local_size}, but {task.tasks_here} tasks were started on this host: start one a host "
+            f"LOCAL_SIZE is {task.local_size}, but {task.here} tasks were started on this host: start one a host "
             "(mpiexec --map-by ppr:1:node, srun --ntasks-per-node=1), or leave LOCAL_SIZE away"
         )
     whole_host = len(os.sched_getaffinity(os.getppid()))
-    env.default_omp_num_threads(max(1, min(len(os.sched_getaffinity(0)), whole_host // task.tasks_here)))
+    env.default_omp_num_threads(max(1, min(len(os.sched_getaffinity(0)), whole_host // task.here)))
     execl.become(program)
 
 
@@ -92,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     program = execl.parse_program(arguments, __doc__)
     try:
         task = env.launcher_task()
-        return start_one(program, task) if task.tasks_here > 1 else start_all(program, task)
+        return start_one(program, task) if task.here > 1 else start_all(program, task)
     except ValueError as wrong:
         print(f"tutel.launcher.run: {wrong}", file=sys.stderr)
         return 2
