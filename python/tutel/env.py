@@ -70,6 +70,11 @@ def ones_gate() -> bool:
     return _switch("ONES_GATE")
 
 
+def skip_exchange() -> bool:
+    """``SKIP_A2A=1``: rows stay on their ranks (to measure all but the exchange; results are wrong)."""
+    return _switch("SKIP_A2A")
+
+
 def local_rank() -> int:
     """``LOCAL_RANK``: which device of this host a process uses, see :func:`launch` (default 0)."""
     return launch().local_rank
