@@ -3,6 +3,7 @@
 ``DistributedDataParallel`` averages the gate's gradient over the ranks; experts, which differ between them, it ignores.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 from torch import nn
@@ -12,13 +13,15 @@ from tutel.distributed.gradients import ignore_experts
 from tutel.examples import _shared, helloworld
 
 
-def data_parallel(model: nn.Module) -> nn.Module:
-    """Wrap a model; one process alone makes the group of one that the wrapper asks for."""
+def data_parallel(model: nn.Module, at_end: contextlib.ExitStack) -> nn.Module:
+    """Wrap a model; one process alone gets the group that the wrapper asks for, until the end."""
     from torch import distributed
 
     if not distributed.is_initialized():
         backend = "nccl" if next(model.parameters()).is_cuda else "gloo"
-        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        store = distributed.HashStore()  # type: ignore[attr-defined]
+        distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+        at_end.callback(distributed.destroy_process_group)
     ignore_experts(model)
     # The only buffer is a constant.
     return DistributedDataParallel(model, broadcast_buffers=False)
@@ -29,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = helloworld.parse_arguments(arguments, __doc__)
     # Gradients are reduced by the wrapper.
     options.allreduce_degree = 0
-    _shared.run(options, helloworld.ExampleModel, wrap=data_parallel)
+    with contextlib.ExitStack() as at_end:
+        _shared.run(options, helloworld.ExampleModel, wrap=lambda model: data_parallel(model, at_end))
 
 
 if __name__ == "__main__":
