@@ -23,8 +23,7 @@ def data_parallel(model: nn.Module, at_end: contextlib.ExitStack) -> nn.Module:
         distributed.init_process_group(backend, store=store, rank=0, world_size=1)
         at_end.callback(distributed.destroy_process_group)
     ignore_experts(model)
-    # The only buffer is a constant.
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
