@@ -15,10 +15,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tutel import env
 from tutel.dispatcher.send import SendPlan, plan_padded, plan_rows, send_plan, split_slots, split_tokens
-from tutel.distributed.agreement import GroupSync, agree
 from tutel.distributed.groups import Group, world_size
-from tutel.distributed.trip import Journey, Trip, direct_trip, fixed_trip, hierarchical_trip, transpose_blocks
+from tutel.distributed.handshake import GroupSync, agree
+from tutel.distributed.trip import (
+    Journey,
+    Trip,
+    direct_trips,
+    fixed_trip,
+    hierarchical_trips,
+    stay_trip,
+    transpose_blocks,
+)
 from tutel.distributed.wire import Wire
 from tutel.experts import ExpertWork, PaddedRows, Rows
 from tutel.functional import Routes, accumulator_dtype, combine, dispatch
@@ -94,6 +103,8 @@ class ExchangeDispatcher(ABC):
         work: ExpertWork,
     ) -> list[Tensor]:
         """Send, compute, bring back and combine all chunks."""
+        if env.skip_exchange():
+            trips = [stay_trip(plan.counts) for plan, _ in plans]
         sent = [self._send(*parts) for parts in zip(tokens, plans, trips, strict=True)]
         back = []
         for chunk in sent:
@@ -132,11 +143,10 @@ class RaggedDispatcher(ExchangeDispatcher):
 
     def _trips(self, plans: list[SendPlan], settings: dict[str, int]) -> list[Trip]:
         options = self.options
+        counts = torch.stack([plan.counts for plan in plans])
         if options.node_size is None:
-            return [direct_trip(plan.counts, settings, options.group, options.wire) for plan in plans]
-        return [
-            hierarchical_trip(plan.counts, settings, options.group, options.node_size, options.wire) for plan in plans
-        ]
+            return direct_trips(counts, settings, options.group, options.wire)
+        return hierarchical_trips(counts, settings, options.group, options.node_size, options.wire)
 
 
 class FixedDispatcher(ExchangeDispatcher):

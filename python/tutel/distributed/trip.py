@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tutel import env
-from tutel.distributed.agreement import exchange_counts
 from tutel.distributed.exchange import Flight, Swap, finish, start
 from tutel.distributed.groups import Group, divide, world_rank
+from tutel.distributed.handshake import exchange_counts
 from tutel.distributed.wire import Wire
 from tutel.functional import dispatch
 
@@ -93,30 +92,33 @@ class Journey:
         return rows
 
 
-def direct_trip(counts: Tensor, settings: Mapping[str, int], group: Group, wire: Wire) -> Trip:
-    """Plan that every rank sends to every other.
+def direct_trips(counts: Tensor, settings: Mapping[str, int], group: Group, wire: Wire) -> list[Trip]:
+    """Plan that every rank sends to every other. The ranks tell each other of all trips at once.
 
     Args:
-        counts: [W, e] int64, rows for each rank and each of its experts.
+        counts: [trips, W, e] int64, rows for each rank and each of its experts.
         settings: What all ranks have to have in common.
         group: The ranks.
         wire: How rows are written.
     """
-    arrivals = exchange_counts(counts, settings, group)
-    if env.skip_exchange():
-        return Trip((), counts.cpu())
-    return Trip((Swap(counts.sum(1).tolist(), arrivals.sum(1).tolist(), group, wire),), arrivals)
+    trips, _, experts = counts.shape
+    told = exchange_counts(counts.transpose(0, 1).flatten(1), settings, group)
+    arrivals = told.view(-1, trips, experts).transpose(0, 1)
+    return [
+        Trip((Swap(sends, receives, group, wire),), came)
+        for sends, receives, came in zip(counts.sum(2).tolist(), arrivals.sum(2).tolist(), arrivals, strict=True)
+    ]
 
 
 def fixed_trip(counts: Tensor, group: Group, wire: Wire) -> Trip:
-    """Plan for counts that all ranks know: every rank sends this one what it sends itself, and nobody asks."""
+    """Plan for counts [W, e] that all ranks know: every rank sends this one what it sends itself, and nobody asks."""
     arrivals = counts[world_rank(group)].expand_as(counts).cpu()
-    if env.skip_exchange():
-        return Trip((), counts.cpu())
     return Trip((Swap(counts.sum(1).tolist(), arrivals.sum(1).tolist(), group, wire),), arrivals)
 
 
-def hierarchical_trip(counts: Tensor, settings: Mapping[str, int], group: Group, node_size: int, wire: Wire) -> Trip:
+def hierarchical_trips(
+    counts: Tensor, settings: Mapping[str, int], group: Group, node_size: int, wire: Wire
+) -> list[Trip]:
     """Plan to exchange inside nodes first, so that every rank then talks to one rank of each other node only.
 
     Rank (a, i), the i-th of node a, gives its rows for the ranks (b, j) of all nodes b to its neighbour (a, j), who
@@ -124,31 +126,46 @@ def hierarchical_trip(counts: Tensor, settings: Mapping[str, int], group: Group,
     across nodes.
 
     Args:
-        counts: As :func:`direct_trip`'s.
+        counts: As :func:`direct_trips` takes them.
         settings: Likewise.
         group: The ranks.
         node_size: L, neighbouring ranks of one node.
         wire: How rows are written.
     """
     division = divide(node_size, group)
-    nodes, experts = counts.shape[0] // node_size, counts.shape[1]
-    by_rank = counts.view(nodes, node_size, experts).transpose(0, 1).contiguous()  # (j, b, expert)
-    inside = exchange_counts(by_rank.view(node_size, -1), settings, division.neighbours)
-    inside = inside.view(node_size, nodes, experts)  # (i, b, expert)
-    by_node = inside.transpose(0, 1).contiguous()  # (b, i, expert)
-    arrivals = exchange_counts(by_node.view(nodes, -1).to(counts.device), settings, division.strided)
-    across = arrivals.view(nodes, -1)
-    steps = (
-        transpose_blocks(counts.sum(1).view(nodes, node_size)),
-        Swap(by_rank.sum((1, 2)).tolist(), inside.sum((1, 2)).tolist(), division.neighbours, wire),
-        transpose_blocks(inside.sum(2).to(counts.device)),
-        Swap(by_node.sum((1, 2)).tolist(), across.sum(1).tolist(), division.strided, wire),
-    )
-    return Trip(steps, arrivals.view(-1, experts))
+    trips, _, experts = counts.shape
+    by_rank = counts.view(trips, -1, node_size, experts).permute(2, 0, 1, 3)  # (j, trip, b, expert)
+    inside = exchange_counts(by_rank.flatten(1), settings, division.neighbours).view(by_rank.shape)  # (i, trip, b, ..)
+    by_node = inside.permute(2, 1, 0, 3)  # (b, trip, i, expert)
+    across = exchange_counts(by_node.flatten(1).to(counts.device), settings, division.strided)
+    across = across.view(by_node.shape)  # (a, trip, i, expert)
+
+    def trip(number: int) -> Trip:
+        steps = (
+            transpose_blocks(counts[number].sum(1).view(-1, node_size)),
+            Swap(
+                by_rank[:, number].sum((1, 2)).tolist(),
+                inside[:, number].sum((1, 2)).tolist(),
+                division.neighbours,
+                wire,
+            ),
+            transpose_blocks(inside[:, number].sum(2).to(counts.device)),
+            Swap(
+                by_node[:, number].sum((1, 2)).tolist(), across[:, number].sum((1, 2)).tolist(), division.strided, wire
+            ),
+        )
+        return Trip(steps, across[:, number].reshape(-1, experts))
+
+    return [trip(number) for number in range(trips)]
+
+
+def stay_trip(counts: Tensor) -> Trip:
+    """Plan that rows stay where they are, as if counts [W, e] had arrived: for measuring what is not the exchange."""
+    return Trip((), counts.cpu())
 
 
 def transpose_blocks(sizes: Tensor) -> Move:
-    """Return the move from blocks in the order of sizes [A, B] int64 to the order of its transpose."""
+    """Return the move from blocks in the order of their sizes [A, B] int64 to the order of the transpose."""
     total = int(sizes.sum())
     before, after = _starts(sizes), _starts(sizes.T).T
     places = torch.arange(total, device=sizes.device)
