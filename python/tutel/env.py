@@ -1,6 +1,7 @@
 """Every environment variable that tutel reads, each with its meaning. Nothing else reads the environment."""
 
 import os
+import re
 from dataclasses import dataclass
 
 from tutel.errors import one_of
@@ -69,6 +70,11 @@ def ones_gate() -> bool:
     return _switch("ONES_GATE")
 
 
+def skip_exchange() -> bool:
+    """``SKIP_A2A=1``: rows stay on their ranks (to measure all but the exchange; results are wrong)."""
+    return _switch("SKIP_A2A")
+
+
 def local_rank() -> int:
     """``LOCAL_RANK``: which device of this host a process uses, see :func:`launch` (default 0)."""
     return launch().local_rank
@@ -79,10 +85,12 @@ class Launch:
     """What a launcher says about this process; one process alone where there was none.
 
     Attributes:
-        rank: ``RANK`` or ``OMPI_COMM_WORLD_RANK``: number of this process, from 0.
-        world_size: ``WORLD_SIZE`` or ``OMPI_COMM_WORLD_SIZE``: number of processes.
-        local_rank: ``LOCAL_RANK`` or ``OMPI_COMM_WORLD_LOCAL_RANK``: number of this process on its host.
-        local_size: ``LOCAL_WORLD_SIZE``, ``LOCAL_SIZE`` or ``OMPI_COMM_WORLD_LOCAL_SIZE``: processes of this host.
+        rank: ``RANK``, ``OMPI_COMM_WORLD_RANK``, ``PMI_RANK`` or ``SLURM_PROCID``: number of this process, from 0.
+        world_size: ``WORLD_SIZE``, ``OMPI_COMM_WORLD_SIZE``, ``PMI_SIZE`` or ``SLURM_NTASKS``: number of processes.
+        local_rank: ``LOCAL_RANK``, ``OMPI_COMM_WORLD_LOCAL_RANK``, ``MPI_LOCALRANKID`` or ``SLURM_LOCALID``: number of
+            this process on its host.
+        local_size: ``LOCAL_WORLD_SIZE``, ``LOCAL_SIZE``, ``OMPI_COMM_WORLD_LOCAL_SIZE``, ``MPI_LOCALNRANKS`` or what
+            ``SLURM_STEP_TASKS_PER_NODE`` says: processes of this host.
     """
 
     rank: int
@@ -92,23 +100,135 @@ class Launch:
 
 
 def launch() -> Launch:
-    """Read where the launcher placed this process: torch's variables, or else Open MPI's.
+    """Read where the launcher placed this process: torch's variables, or else those of Open MPI, other MPIs, or Slurm.
 
-    A negative ``LOCAL_RANK``, which some programs set for "no launcher", counts as 0.
+    A negative ``LOCAL_RANK``, which some programs set for "no launcher", counts as 0. Slurm's variables count in a
+    step (``srun``) only: a batch script has them too, and is one process.
 
     Raises:
         ValueError: If a variable is no integer, or rank and size contradict each other.
     """
-    world_size = _integer(("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"), 1)
-    rank = _integer(("RANK", "OMPI_COMM_WORLD_RANK"), 0)
+    # Slurm's come last: the others' launchers are started by it.
+    ranks, sizes = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"), ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    local_ranks = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+    local_sizes = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+    slurm = not any(os.environ.get(name) for name in (*ranks, *sizes)) and _in_slurm_step()
+    world_size = _integer(("SLURM_NTASKS",) if slurm else sizes, 1)
+    rank = _integer(("SLURM_PROCID",) if slurm else ranks, 0)
     if not 0 <= rank < world_size:
         raise ValueError(
             f"the environment says rank {rank} of {world_size} processes (RANK and WORLD_SIZE, or OMPI_COMM_WORLD_RANK "
             "and OMPI_COMM_WORLD_SIZE): a rank is at least 0 and below the number of processes"
         )
-    local_rank = _integer(("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"), 0)
-    local_size = _integer(("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"), 1)
+    local_rank = _integer(("LOCAL_RANK", "SLURM_LOCALID") if slurm else local_ranks, 0)
+    local_size = _slurm_local_size(world_size) if slurm else _integer(local_sizes, 1)
     return Launch(rank, world_size, max(local_rank, 0), max(1, min(local_size, world_size)))
+
+
+def _in_slurm_step() -> bool:
+    get = os.environ.get
+    return bool(get("SLURM_PROCID") and get("SLURM_NTASKS")) and bool(get("SLURM_STEP_ID") or not get("SLURM_JOB_ID"))
+
+
+def _slurm_local_size(world_size: int) -> int:
+    """Read this host's number of tasks from a list such as ``4(x2),1``: two hosts of four, then one of one."""
+    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE") or ""
+    hosts: list[int] = []
+    for part in filter(None, text.split(",")):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise ValueError(
+                f"environment variable SLURM_STEP_TASKS_PER_NODE must be a list such as 4(x2),1, got {text!r}"
+            )
+        hosts += [int(match[1])] * int(match[2] or 1)
+    node = _integer(("SLURM_NODEID",), 0)
+    if node < len(hosts):
+        return hosts[node]
+    # Without the list, all tasks share the host if there is one host.
+    return world_size if _integer(("SLURM_STEP_NUM_NODES", "SLURM_NNODES"), 1) == 1 else 1
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the processes of a program meet.
+
+    Attributes:
+        host: ``MASTER_ADDR``: the host of rank 0.
+        port: ``MASTER_PORT``, or 23456: a port there.
+        attempt: ``TORCHELASTIC_RESTART_COUNT``: how often torch's launcher has started the processes again.
+        by_agent: ``TORCHELASTIC_USE_AGENT_STORE``: torch's launcher listens there itself, not rank 0.
+    """
+
+    host: str
+    port: int
+    attempt: int
+    by_agent: bool
+
+
+def meeting() -> Meeting:
+    """Read where processes meet: this host if all are here, or in Slurm the first of its hosts, unless told otherwise.
+
+    Raises:
+        ValueError: If the processes are on several hosts and nothing says where they meet, or a variable is malformed.
+    """
+    host = os.environ.get("MASTER_ADDR", "")
+    if not host:
+        launched = launch()
+        hosts = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST") or ""
+        if launched.local_size == launched.world_size:
+            host = "localhost"
+        elif hosts and _in_slurm_step():
+            host = _first_host(hosts)
+        else:
+            raise ValueError(
+                f"environment variable MASTER_ADDR must name the host of rank 0: {launched.local_size} of the "
+                f"{launched.world_size} processes are on this host, and nothing says where all of them meet"
+            )
+    port = _integer(("MASTER_PORT",), 23456)
+    if not 0 < port < 65536:
+        raise ValueError(f"environment variable MASTER_PORT must be from 1 to 65535, got {port}")
+    attempt = _integer(("TORCHELASTIC_RESTART_COUNT",), 0)
+    return Meeting(host, port, attempt, os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True")
+
+
+def _first_host(hosts: str) -> str:
+    """Return the first name of Slurm's list of hosts, such as ``node[07-09,12],other``."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts)
+    return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0] if first else hosts)
+
+
+def global_timeout() -> float:
+    """``TUTEL_GLOBAL_TIMEOUT_SEC``: how long ranks wait for each other, in seconds (default 1800).
+
+    Raises:
+        ValueError: If it is not above 0.
+    """
+    seconds = _number("TUTEL_GLOBAL_TIMEOUT_SEC", 1800.0)
+    if not 0 < seconds < 1e9:
+        raise ValueError(f"environment variable TUTEL_GLOBAL_TIMEOUT_SEC must be above 0 seconds, got {seconds!r}")
+    return seconds
+
+
+def hierarchical_exchange() -> bool:
+    """``TUTEL_ALLTOALL_ALGO=2D``: exchange inside nodes first, then across, where the caller does not say."""
+    text = os.environ.get("TUTEL_ALLTOALL_ALGO", "").upper()
+    if text not in ("", "1D", "2D"):
+        raise ValueError(f"environment variable TUTEL_ALLTOALL_ALGO must be 1D or 2D, got {text!r}")
+    return text == "2D"
+
+
+def check_ranks() -> bool | None:
+    """``TUTEL_CHECK_RANKS``: 1 compares what the ranks bring to each collective before it, 0 does not.
+
+    None, where it is not set, compares on the CPU only: there a difference kills processes without a word, and a
+    comparison does not make the host wait for a device.
+    """
+    return _switch("TUTEL_CHECK_RANKS") if os.environ.get("TUTEL_CHECK_RANKS") else None
+
+
+def cuda_sandbox() -> int:
+    """``TUTEL_CUDA_SANDBOX``: 2 gives each worker of the launcher its own CUDA device only (default 0)."""
+    return _integer(("TUTEL_CUDA_SANDBOX",), 0)
 
 
 def numa_type() -> int:

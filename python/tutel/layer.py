@@ -20,10 +20,12 @@ from torch.nn import functional as F
 
 from tutel import config, env
 from tutel.config import CustomGateConfig, LinearGateConfig, MegatronGateConfig, RoutingConfig
-from tutel.dispatcher import LocalDispatcher
-from tutel.distributed.groups import require_one_rank
+from tutel.dispatcher import Dispatchers
+from tutel.distributed.agreement import GroupSync
+from tutel.distributed.groups import world_size
+from tutel.distributed.shards import gathered_weights
 from tutel.errors import check_bool, check_callable, check_int, check_number, check_tensor
-from tutel.experts import ExpertContext, compute_experts, make_experts, takes_padded
+from tutel.experts import ExpertContext, ExpertWork, make_experts
 from tutel.experts.loading import prepare_state
 from tutel.gates import add_noise, gate_logits, make_gate
 from tutel.losses import gshard_loss, load_importance_loss
@@ -54,6 +56,9 @@ class MOELayer(nn.Module):
         is_gshard_loss: The auxiliary loss is GShard's, or else the load-importance loss (which needs gate_noise > 0).
         parallel_type: How ranks that share an expert divide it: 'data', 'model', 'auto' or 'adaptive:r'.
         use_2dh: Exchange inside nodes first, then across.
+        exchange: How rows reach the ranks of their experts: 'ragged' sends exactly those that there are, 'fixed' as
+            many as the capacity to every expert, 'gather' brings all tokens to all ranks (for few tokens).
+        wire_dtype: What rows are narrowed to while they travel: None, 'bfloat16' or 'float8_e4m3'.
 
     Attributes:
         l_aux: Auxiliary loss of the last forward, None before the first.
@@ -86,29 +91,33 @@ class MOELayer(nn.Module):
         is_gshard_loss: bool = True,
         parallel_type: str = "adaptive:1",
         use_2dh: bool = False,
+        exchange: str = "ragged",
+        wire_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        require_one_rank("a layer's experts", group)
         self.group = group
-        self.world_size = 1
+        self.world_size = world_size(group)
         self.model_dim = check_int("model_dim", model_dim, at_least=1)
         self.is_postscore = check_bool("is_postscore", is_postscore)
         self.is_gshard_loss = check_bool("is_gshard_loss", is_gshard_loss)
-        self.use_2dh = check_bool("use_2dh", use_2dh)
+        self.use_2dh = check_bool("use_2dh", use_2dh) or (exchange == "ragged" and env.hierarchical_exchange())
         self._overlap_degree = check_int("a2a_ffn_overlap_degree", a2a_ffn_overlap_degree, at_least=1)
         self.a2a_ffn_overlap_degree = self._overlap_degree
         self.result_func = None if result_func is None else check_callable("result_func", result_func)
         self._skip_moe, self._skip_expert, self._ones_gate = env.skip_moe(), env.skip_expert(), env.ones_gate()
-        self._sync = LocalSync()
-        self._dispatcher = LocalDispatcher(weigh_inputs=not self.is_postscore)
 
         gates = config.take_deprecated(kwargs, config.gate_dicts(gate_type), constructor=type(self))
         self.num_local_experts, self.sharded_count = config.resolve_expert_count(
             gates, experts, world_size=self.world_size
         )
-        self.num_global_experts = self.global_expert_count(self.num_local_experts, group)
-        self.valid_rs = [0, 1]
+        self.num_global_experts = self.num_local_experts * self.world_size // self.sharded_count
+        self._dispatchers = Dispatchers(
+            group,
+            shards=self.sharded_count,
+            weigh_inputs=not self.is_postscore,
+            exchange=config.exchange_config(exchange, use_2dh=self.use_2dh, wire_dtype=wire_dtype),
+        )
         self._shard_degree = config.parallel_degree(parallel_type, self.sharded_count)
         self.adaptive_degree = self._shard_degree
         if batch_prioritized_routing is None:
@@ -122,6 +131,7 @@ class MOELayer(nn.Module):
             experts, num_local_experts=self.num_local_experts, model_dim=self.model_dim
         )
         self._check_megatron(gate_configs, experts_config)
+        self.valid_rs = config.parallel_degrees(experts_config, self.sharded_count, self.world_size)
 
         shared, local, after = config.check_seeds(seeds)
         _seed(local)
@@ -170,9 +180,10 @@ class MOELayer(nn.Module):
 
     @staticmethod
     def global_expert_count(num_local_experts: int, group: Any = None) -> int:
-        """Return E for a number of local experts on each rank of a group."""
-        require_one_rank("a layer's experts", group)
-        return check_int("num_local_experts", num_local_experts, at_least=1)
+        """Return E for a number of local experts on each rank of a group; -n or 1 / n: n ranks share one."""
+        ranks = world_size(group)
+        local, shards = config.resolve_expert_count([], {"count_per_node": num_local_experts}, world_size=ranks)
+        return local * ranks // shards
 
     def get_parameter_iterator(self, param_type: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Iterate over the named parameters of the gates ('gate') or of the local experts ('local_experts')."""
@@ -232,9 +243,8 @@ class MOELayer(nn.Module):
         clean_logits = gate_logits(gate, tokens, self.num_global_experts)
         noisy = self.training and routing.gate_noise > 0
         logits = add_noise(clean_logits, routing.gate_noise) if noisy else clean_logits
-        plan = route(
-            logits, routing, self._sync, inequivalent_tokens=check_bool("inequivalent_tokens", inequivalent_tokens)
-        )
+        sync = LocalSync() if self.world_size == 1 else GroupSync(self.group, tokens.device)
+        plan = route(logits, routing, sync, inequivalent_tokens=check_bool("inequivalent_tokens", inequivalent_tokens))
         l_aux = self._auxiliary_loss(plan, clean_logits, logits, routing)
         if self._ones_gate:
             plan = dataclasses.replace(plan, topk_weights=torch.ones_like(plan.topk_weights))
@@ -243,25 +253,25 @@ class MOELayer(nn.Module):
         return self._result(self._compute(tokens, plan, megablocks_size), input, reserve_dims, l_aux)
 
     def _compute(self, tokens: Tensor, plan: RoutePlan, megablocks_size: int) -> Tensor:
-        """Dispatch tokens, compute experts and combine: in one where that is possible."""
-        if not self._skip_expert:
-            output = self._dispatcher.compute_tokens(tokens, plan, self.experts)
-            if output is not None:
-                return output
-        rows, handle = self._dispatcher.dispatch(tokens, plan, padded=takes_padded(self.experts))
-        if not self._skip_expert:
-            rows = compute_experts(self.experts, rows, self._context(megablocks_size))
-        return self._dispatcher.combine(rows, handle)
+        """Dispatch tokens, compute experts and combine."""
+        dispatcher = self._dispatchers.choose(self.adaptive_degree, self.a2a_ffn_overlap_degree)
+        return dispatcher.run(tokens, plan, self._work(megablocks_size))
 
     def _dense(self, tokens: Tensor, megablocks_size: int) -> Tensor:
-        """Compute all tokens by the only expert, as the gate ``megatron`` does."""
+        """Compute all ranks' tokens by one expert, of which each rank has a part, as the gate ``megatron`` does."""
         self.dispatch_count = torch.tensor([tokens.shape[0]], device=tokens.device)
-        return (
-            tokens.clone() if self._skip_expert else compute_dense(self.experts, tokens, self._context(megablocks_size))
-        )
+        return tokens.clone() if self._skip_expert else compute_dense(tokens, self._work(megablocks_size), self.group)
+
+    def _work(self, megablocks_size: int) -> ExpertWork:
+        weights = None
+        if not self._skip_expert:
+            # Ranks that only gather tokens, as `megatron` does, have whole experts, and one each.
+            degree = self.adaptive_degree if self.gates else 1
+            weights = gathered_weights(self.experts, shards=self.sharded_count, degree=degree, group=self.group)
+        return ExpertWork(self.experts, weights, self._context(megablocks_size), skip=self._skip_expert)
 
     def _set_call_options(self, overlap_degree: int | None, adaptive_r: int | None) -> None:
-        """Check the options of an exchange, which one rank has none of; this call's values are reported."""
+        """Check the options of an exchange; this call's values are reported."""
         degree = self._overlap_degree if overlap_degree is None else overlap_degree
         self.a2a_ffn_overlap_degree = check_int("a2a_ffn_overlap_degree", degree, at_least=1)
         if adaptive_r is not None and adaptive_r not in self.valid_rs:

@@ -39,7 +39,8 @@ def create_groups_from_world(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If group_count does not divide the number of ranks, or the backend is unknown.
-        NotImplementedError: If there are several ranks.
+        RuntimeError: If torch.distributed is built without the backend, or cannot be started.
+        RankError: If other ranks do not come within ``TUTEL_GLOBAL_TIMEOUT_SEC``.
     """
     return divide_world(group_count, backend=include_init, parent_group=parent_group)
 

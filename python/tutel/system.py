@@ -45,7 +45,8 @@ def init_data_model_parallel(group_count: int = 1, backend: str = "nccl") -> Par
         TypeError: If an argument has the wrong type.
         ValueError: If group_count does not divide the number of ranks, the backend is unknown, or the launcher's
             variables contradict each other.
-        NotImplementedError: If there are several processes.
+        RuntimeError: If torch.distributed is built without the backend, or cannot be started.
+        RankError: If other processes do not come within ``TUTEL_GLOBAL_TIMEOUT_SEC``.
     """
     session = divide_world(group_count, backend=backend)
     if session.is_cuda:

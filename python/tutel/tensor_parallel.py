@@ -1,19 +1,28 @@
-"""The gate ``megatron``: tensor parallelism of one expert over the group, without routing.
+"""The gate ``megatron``: tensor parallelism of one expert over the group, without routing (Shoeybi et al., 2019).
 
-On one rank the expert is whole: every token passes it.
+Every rank has its own hidden units of the expert. All ranks' tokens are gathered, each rank computes them by its units,
+and the sums over the ranks go back to where the tokens came from.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tutel.experts import ExpertContext, PaddedRows, Rows, compute_experts, takes_padded
+from tutel.distributed.agreement import gather_count
+from tutel.distributed.gathering import gather_tokens, scatter_sums
+from tutel.distributed.groups import Group, world_size
+from tutel.experts import ExpertWork, PaddedRows, Rows
 
 
-def compute_dense(experts: nn.Module, tokens: Tensor, context: ExpertContext) -> Tensor:
+def compute_dense(tokens: Tensor, work: ExpertWork, group: Group) -> Tensor:
     """Compute tokens [T, D] by the only expert: [T, D_out]."""
-    rows: Rows | PaddedRows
-    if takes_padded(experts):
-        rows = PaddedRows(tokens.unsqueeze(0))
-        return compute_experts(experts, rows, context).data.squeeze(0)
-    rows = Rows(tokens, torch.tensor([0, tokens.shape[0]], device=tokens.device))
-    return compute_experts(experts, rows, context).data
+    if world_size(group) == 1:
+        return _compute(tokens, work)
+    settings = {"model_dim": tokens.shape[1], "the size of the input's dtype in bits": torch.finfo(tokens.dtype).bits}
+    most = max(gather_count(tokens.shape[0], settings, group, tokens.device))
+    return scatter_sums(_compute(gather_tokens(tokens, most, group), work), tokens.shape[0], group)
+
+
+def _compute(tokens: Tensor, work: ExpertWork) -> Tensor:
+    if work.padded:
+        return work.compute(PaddedRows(tokens.unsqueeze(0))).data.squeeze(0)
+    return work.compute(Rows(tokens, torch.tensor([0, tokens.shape[0]], device=tokens.device))).data

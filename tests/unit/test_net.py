@@ -57,9 +57,6 @@ DIFFERENTIABLE = {
     "batch_all_gather_v": lambda x: net.batch_all_gather_v([x])[0][0].reshape(x.shape),
 }
 OTHERS = {
-    "barrier": lambda _: net.barrier(),
-    "create_groups_from_world": lambda _: net.create_groups_from_world(1),
-    "create_standalone_group": lambda _: net.create_standalone_group(),
     "TutelDistributedOptimizer": lambda x: net.TutelDistributedOptimizer([x]),
 }
 
@@ -187,13 +184,6 @@ def test_groups_of_a_process_group(one_rank):
     assert groups.model_group is world
     assert net.create_groups_from_world(1, parent_group=world) is groups
     assert net.create_groups_from_world(1) is not groups
-
-
-def test_groups_to_be_started_by_a_launcher(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with raises(NotImplementedError, match="the launcher started 4"):
-        net.create_groups_from_world(1, include_init="gloo")
 
 
 BAD_CALLS = {

@@ -17,6 +17,9 @@ from tutel import env, system
 LAUNCHERS = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "NUMA_TYPE"),
     *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    *("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS", "MASTER_ADDR", "MASTER_PORT"),
+    *(f"SLURM_{name}" for name in ("PROCID", "NTASKS", "LOCALID", "NODEID", "JOB_ID", "STEP_ID", "NNODES", "NODELIST")),
+    *("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST"),
 )
 
 
@@ -123,13 +126,6 @@ def test_local_rank_of_minus_one_on_a_host_without_gpus(monkeypatch, without_cud
     session = system.init_data_model_parallel()
     assert session.local_rank == 0
     torch.ones(2, device=session.local_device)
-
-
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with raises(NotImplementedError, match="the launcher started 2"):
-        system.init_data_model_parallel()
 
 
 def test_bad_arguments():

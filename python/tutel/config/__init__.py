@@ -18,13 +18,21 @@ from tutel.config.gates import (
     gate_configs,
     gate_dicts,
 )
-from tutel.config.layer import check_seeds, parallel_degree, take_deprecated
+from tutel.config.layer import (
+    ExchangeConfig,
+    check_seeds,
+    exchange_config,
+    parallel_degree,
+    parallel_degrees,
+    take_deprecated,
+)
 from tutel.config.routing import RoutingConfig
 
 __all__ = [
     "CosineGateConfig",
     "CustomExpertsConfig",
     "CustomGateConfig",
+    "ExchangeConfig",
     "ExpertsConfig",
     "FFNConfig",
     "GateConfig",
@@ -34,10 +42,12 @@ __all__ = [
     "ModulesConfig",
     "RoutingConfig",
     "check_seeds",
+    "exchange_config",
     "experts_config",
     "gate_configs",
     "gate_dicts",
     "parallel_degree",
+    "parallel_degrees",
     "resolve_expert_count",
     "take_deprecated",
 ]

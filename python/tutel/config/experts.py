@@ -29,6 +29,7 @@ class FFNConfig:
         dropout: Probability of dropout behind act and behind the second layer, in training.
         custom_fn: Called as f(experts' module, x [e, rows, D]) instead of all of the above.
         padded: Whether act relates rows to each other and therefore needs [e, rows, .].
+        shards: Ranks that share an expert; hidden_size is that of one.
     """
 
     num_local_experts: int
@@ -42,6 +43,7 @@ class FFNConfig:
     dropout: float = 0.0
     custom_fn: Callable[[nn.Module, Tensor], Tensor] | None = None
     padded: bool = False
+    shards: int = 1
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,14 @@
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from tutel.config.experts import ExpertsConfig, ModulesConfig
 from tutel.errors import check_int, one_of
+
+#: What rows may be narrowed to while they travel.
+WIRE_DTYPES = ("bfloat16", "float8_e4m3")
 
 _DEPRECATED = {
     "pad_samples": "batches may have any size now",
@@ -60,6 +65,48 @@ def parallel_degree(parallel_type: object, sharded_count: int) -> int:
             f"parallel_type={parallel_type!r}: r must divide the number of ranks that share an expert ({sharded_count})"
         )
     return clamped
+
+
+def parallel_degrees(experts: ExpertsConfig, sharded_count: int, world_size: int) -> list[int]:
+    """Return the degrees of model parallelism that experts allow; 0 gathers all experts to every rank."""
+    if isinstance(experts, ModulesConfig) and world_size > 1:
+        return [1]  # a user's modules stay whole, and where they are
+    return [0, *(degree for degree in range(1, sharded_count + 1) if sharded_count % degree == 0)]
+
+
+@dataclass(frozen=True)
+class ExchangeConfig:
+    """How rows reach the ranks of their experts.
+
+    Attributes:
+        kind: One of :data:`EXCHANGES`.
+        hierarchical: Inside nodes first, then across.
+        wire_dtype: What rows are narrowed to while they travel.
+    """
+
+    kind: str = "ragged"
+    hierarchical: bool = False
+    wire_dtype: str | None = None
+
+
+EXCHANGES = ("ragged", "fixed", "gather")
+
+
+def exchange_config(kind: object, *, use_2dh: bool, wire_dtype: object) -> ExchangeConfig:
+    """Check how rows are exchanged.
+
+    Raises:
+        ValueError: If a name is unknown, or the hierarchy is asked for where there is none.
+    """
+    if kind not in EXCHANGES:
+        raise ValueError(f"exchange must be {one_of(map(repr, EXCHANGES))}, got {kind!r}")
+    if wire_dtype is not None and wire_dtype not in WIRE_DTYPES:
+        raise ValueError(f"wire_dtype must be None, {one_of(map(repr, WIRE_DTYPES))}, got {wire_dtype!r}")
+    if use_2dh and kind != "ragged":
+        raise ValueError(f"use_2dh=True needs exchange='ragged', got {kind!r}")
+    if wire_dtype is not None and kind == "gather":
+        raise ValueError(f"wire_dtype={wire_dtype!r} does not apply to exchange='gather'")
+    return ExchangeConfig(str(kind), use_2dh, None if wire_dtype is None else str(wire_dtype))
 
 
 def check_seeds(seeds: Any) -> tuple[int | None, int | None, int | None]:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tutel.experts import PaddedRows, Rows, takes_tokens
+from tutel.experts import ExpertWork, PaddedRows, Rows
 from tutel.functional import Routes, accumulator_dtype, combine, dispatch, padded_rows
 from tutel.route import RoutePlan
 
@@ -34,6 +34,16 @@ class LocalDispatcher:
     def __init__(self, *, weigh_inputs: bool = False) -> None:
         self.weigh_inputs = weigh_inputs
 
+    def run(self, tokens: Tensor, plan: RoutePlan, work: ExpertWork) -> Tensor:
+        """Compute tokens [T, D] to [T, D_out]: without rows in between where weights and experts allow it."""
+        if not self.weigh_inputs and work.takes_tokens(tokens):
+            weights = plan.topk_weights.to(accumulator_dtype(tokens.dtype))
+            return work.compute_tokens(
+                tokens, Routes(plan.topk_ids, weights, plan.row_index, plan.row_choice), plan.offsets
+            )
+        rows, handle = self.dispatch(tokens, plan, padded=work.padded)
+        return self.combine(work.compute(rows), handle)
+
     def dispatch(
         self, tokens: Tensor, plan: RoutePlan, *, padded: bool = False
     ) -> tuple[Rows | PaddedRows, LocalHandle]:
@@ -48,15 +58,6 @@ class LocalDispatcher:
         if padded:
             return PaddedRows(data.view(plan.num_experts, capacity, data.shape[1])), handle
         return Rows(data, plan.offsets), handle
-
-    def compute_tokens(self, tokens: Tensor, plan: RoutePlan, experts: nn.Module) -> Tensor | None:
-        """Dispatch, compute and combine without rows in between; None where weights or experts do not allow it."""
-        if self.weigh_inputs or not takes_tokens(experts, tokens):
-            return None
-        weights = plan.topk_weights.to(accumulator_dtype(tokens.dtype))
-        routes = Routes(plan.topk_ids, weights, plan.row_index, plan.row_choice)
-        output: Tensor = experts.compute_tokens(tokens, routes, plan.offsets, experts.weights())  # type: ignore[operator]
-        return output
 
     def combine(self, rows: Rows | PaddedRows, handle: LocalHandle) -> Tensor:
         """Bring the experts' rows back to tokens [T, D_out]."""

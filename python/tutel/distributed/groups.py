@@ -1,19 +1,30 @@
 """Groups of ranks, and the description of a process among them.
 
 Symbols: W ranks of a group; G groups that they are divided into, of W / G neighbouring ranks each.
+
+Groups are made once, and end with torch.distributed: after a new start none of the old ones is given.
 """
 
 import dataclasses
-from typing import Any
+import datetime
+import functools
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import distributed
 
 from tutel import env
+from tutel.distributed.failure import stage
+from tutel.distributed.start import check_backend, cuda_device, initialized, start, stop
 from tutel.errors import check_int
 
 #: A process group; None is the group of all ranks.
 Group = Any
+
+T = TypeVar("T")
 
 
 def world_size(group: Group = None) -> int:
@@ -22,7 +33,7 @@ def world_size(group: Group = None) -> int:
     Raises:
         ValueError: If this rank is no member of the group, or no group exists since torch.distributed is not started.
     """
-    if not _initialized():
+    if not initialized():
         _refuse_stale(group)
         return 1
     size = distributed.get_world_size(group)
@@ -41,19 +52,117 @@ def world_rank(group: Group = None) -> int:
 
 
 def barrier(group: Group = None) -> None:
-    """Wait until all ranks of a group have come here."""
-    require_one_rank("barrier", group)
-
-
-def require_one_rank(what: str, group: Group = None) -> None:
-    """Refuse what is not there yet for several ranks.
+    """Wait until all ranks of a group have come here.
 
     Raises:
-        NotImplementedError: If the group has more than one rank.
+        RankError: If one does not.
+    """
+    if world_size(group) > 1:
+        with stage("barrier", group):
+            distributed.barrier(group)
+
+
+def group_device(group: Group = None) -> torch.device:
+    """Return where tensors must be that a group exchanges: the current CUDA device for NCCL, else the CPU."""
+    if initialized() and "nccl" in str(distributed.get_backend(group)):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+class Division(NamedTuple):
+    """A group's W ranks in blocks of neighbours.
+
+    Attributes:
+        neighbours: The ranks of this rank's block.
+        strided: The ranks that have this rank's place in their blocks, a block's size apart.
+    """
+
+    neighbours: Group
+    strided: Group
+
+
+def divide(size: int, parent: Group = None) -> Division:
+    """Cut a group into blocks of neighbouring ranks. All ranks of the parent must call this, and no others need to.
+
+    Args:
+        size: Ranks of a block, a divisor of W.
+        parent: The ranks to divide; None means all.
+
+    Returns:
+        The same groups for the same arguments. ``size`` = W gives (parent, this rank alone), and 1 the reverse.
+
+    Raises:
+        TypeError: If size is no integer.
+        ValueError: If it does not divide W.
+        RankError: If a rank of the parent does not come.
+    """
+    ranks = world_size(parent)
+    size = check_int("size", size, at_least=1)
+    if ranks % size != 0:
+        raise ValueError(f"size must divide the number of ranks ({ranks}), got {size}")
+    if ranks == 1:
+        return Division(parent, parent)
+    return _once("divide", parent, size, lambda: _divide(size, ranks, parent))
+
+
+def _divide(size: int, ranks: int, parent: Group) -> Division:
+    members = distributed.get_process_group_ranks(parent)
+    first = world_rank(parent) // size * size
+    with stage(f"making groups of {size} ranks", parent):
+        if distributed.get_backend(parent) == "mpi":
+            # MPI's communicators are made by all ranks of the world together.
+            blocks = [members[at : at + size] for at in range(0, ranks, size)]
+            neighbours = _own([_new_group(block, parent, everywhere=True) for block in blocks])
+            strides = [members[at::size] for at in range(size)]
+            return Division(neighbours, _own([_new_group(stride, parent, everywhere=True) for stride in strides]))
+        neighbours = _new_group(members[first : first + size], parent)
+        return Division(neighbours, _new_group(members[world_rank(parent) % size :: size], parent))
+
+
+def _new_group(members: list[int], parent: Group, *, everywhere: bool = False) -> Group:
+    if len(members) == world_size(parent):
+        return parent
+    # Without a timeout a new group takes torch's default, not its parent's.
+    timeout = datetime.timedelta(seconds=env.global_timeout())
+    return distributed.new_group(members, timeout=timeout, use_local_synchronization=not everywhere)
+
+
+def _own(groups: list[Group]) -> Group:
+    return next(group for group in groups if group is None or group is not distributed.GroupMember.NON_GROUP_MEMBER)
+
+
+def standalone_group() -> Group:
+    """Return a group of this rank alone; None, the group of all, where that is this rank alone."""
+    return divide(1).neighbours
+
+
+def node_size(group: Group = None) -> int:
+    """Return how many neighbouring ranks of a group share a host; all of its ranks must call this.
+
+    Hosts may hold different numbers of ranks: then it is the largest number that divides all of them.
+
+    Returns:
+        A divisor of W; 1 where the ranks of a host are not neighbours in the group.
     """
     ranks = world_size(group)
-    if ranks > 1:
-        raise NotImplementedError(f"{what} over several ranks is not implemented yet: the group has {ranks}")
+    return 1 if ranks == 1 else _once("node size", group, 0, lambda: _node_size(group, ranks))
+
+
+def _node_size(group: Group, ranks: int) -> int:
+    launched = env.launch()
+    first = launched.rank - launched.local_rank
+    # Where local ranks are not numbered as ranks are, nothing is known about who else is here.
+    on_host = (
+        range(first, first + launched.local_size) if first >= 0 and launched.local_rank < launched.local_size else ()
+    )
+    members = distributed.get_process_group_ranks(group)
+    here = [place for place, rank in enumerate(members) if rank in on_host]
+    known = bool(here) and here == list(range(here[0], here[-1] + 1))
+    claims = torch.empty(ranks, dtype=torch.int64, device=group_device(group))
+    with stage("node_size", group):
+        distributed.all_gather_into_tensor(claims, claims.new_tensor([len(here) if known else 1]), group=group)
+    size = functools.reduce(math.gcd, claims.tolist())
+    return size if ranks % size == 0 else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,74 +215,66 @@ def divide_world(group_count: int, *, backend: str | None = None, parent_group: 
 
     Args:
         group_count: G, which must divide W; a negative count -n asks for groups of n ranks.
-        backend: Of torch.distributed, which one process does not start: 'nccl' chooses the CUDA device (the CPU where
-            there is none), any other the CPU. None takes a CUDA device if there is one.
+        backend: Of torch.distributed, which is started where a launcher started several processes: 'nccl' chooses the
+            CUDA device (the CPU where there is none), any other the CPU. None takes a CUDA device if there is one, and
+            starts nothing.
         parent_group: The ranks to divide; None means all.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If group_count does not divide W, or backend is unknown.
-        NotImplementedError: If there are several ranks, or a launcher started several processes to join.
+        RuntimeError: If the backend is not there, or its set-up fails.
+        RankError: If other ranks do not come.
     """
-    require_one_rank("dividing the world into groups", parent_group)
     launched = env.launch()
-    if backend is not None and not _initialized() and launched.world_size > 1:
-        raise NotImplementedError(
-            f"several processes are not implemented yet: the launcher started {launched.world_size}"
-        )
+    if backend is not None:
+        check_backend(backend)
+        # What can be refused is refused before anybody waits.
+        _group_count(group_count, world_size(parent_group) if initialized() else launched.world_size)
+        start(backend)
     count = _group_count(group_count, world_size(parent_group))
-    if backend is not None and backend not in _BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
     on_cuda = torch.cuda.is_available() and backend in (None, "nccl")
-    key = (count, parent_group, on_cuda, _initialized(), launched)
-    if key not in _made:
-        _made[key] = ParallelEnvironment(
-            global_rank=0,
-            global_size=1,
-            group_count=count,
-            data_rank=0,
-            model_rank=0,
-            model_size=1,
-            data_group=parent_group,
-            model_group=parent_group,
-            global_group=parent_group,
-            local_rank=launched.local_rank,
-            local_size=launched.local_size,
-            local_device=cuda_device(launched.local_rank) if on_cuda else torch.device("cpu"),
-            is_distributed=_initialized(),
-        )
-    return _made[key]
+    key = (count, on_cuda, launched)
+    return _once("divide_world", parent_group, key, lambda: _place(count, on_cuda, launched, parent_group))
 
 
-def standalone_group() -> Group:
-    """Return a group of this rank alone; None, the group of all, where that is this rank alone.
-
-    Raises:
-        NotImplementedError: If there are several ranks.
-    """
-    require_one_rank("a group of one rank")
-
-
-def cuda_device(local_rank: int) -> torch.device:
-    """Return the device of a local rank.
-
-    Raises:
-        ValueError: If this process sees several devices, but none for this rank.
-    """
-    devices = torch.cuda.device_count()
-    if local_rank >= devices > 1:
-        raise ValueError(f"local rank {local_rank} has no CUDA device of its own: this process sees {devices}")
-    # A process that sees one device was given its own: TUTEL_CUDA_SANDBOX and schedulers do that.
-    return torch.device("cuda", local_rank if devices > 1 else 0)
-
-
-_BACKENDS = ("nccl", "gloo", "mpi")
-
-_made: dict[tuple[int, Group, bool, bool, env.Launch], ParallelEnvironment] = {}
+def _place(count: int, on_cuda: bool, launched: env.Launch, parent: Group) -> ParallelEnvironment:
+    ranks, rank = world_size(parent), world_rank(parent)
+    model_size = ranks // count
+    model_group, data_group = divide(model_size, parent)
+    return ParallelEnvironment(
+        global_rank=rank,
+        global_size=ranks,
+        group_count=count,
+        data_rank=rank // model_size,
+        model_rank=rank % model_size,
+        model_size=model_size,
+        data_group=data_group,
+        model_group=model_group,
+        global_group=parent,
+        local_rank=launched.local_rank,
+        local_size=launched.local_size,
+        local_device=cuda_device(launched.local_rank) if on_cuda else torch.device("cpu"),
+        is_distributed=initialized(),
+    )
 
 
-def _initialized() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+#: What was made for the present start of torch.distributed: by kind, parent and further arguments.
+_made: dict[tuple[str, Group, object], Any] = {}
+_made_for: Callable[[], Any] | None = None
+
+
+def _once(kind: str, parent: Group, key: object, make: Callable[[], T]) -> T:
+    """Return what was made before for the same arguments, unless torch.distributed was started anew since."""
+    global _made_for
+    world = distributed.group.WORLD if initialized() else None
+    if (_made_for() if _made_for else None) is not world:
+        _made.clear()
+        _made_for = None if world is None else weakref.ref(world)
+    if (kind, parent, key) not in _made:
+        _made[kind, parent, key] = make()
+    made: T = _made[kind, parent, key]
+    return made
 
 
 def _refuse_stale(group: Group) -> None:
@@ -188,3 +289,32 @@ def _group_count(group_count: int, ranks: int) -> int:
             f"group_count must divide the number of ranks ({ranks}), or be minus the ranks of a group; got {count}"
         )
     return count if count > 0 else ranks // -count
+
+
+def require_one_rank(what: str, group: Group = None) -> None:
+    """Refuse what is not there yet for several ranks.
+
+    Raises:
+        NotImplementedError: If the group has more than one rank.
+    """
+    ranks = world_size(group)
+    if ranks > 1:
+        raise NotImplementedError(f"{what} over several ranks is not implemented yet: the group has {ranks}")
+
+
+__all__ = [
+    "Division",
+    "Group",
+    "ParallelEnvironment",
+    "barrier",
+    "cuda_device",
+    "divide",
+    "divide_world",
+    "group_device",
+    "node_size",
+    "standalone_group",
+    "start",
+    "stop",
+    "world_rank",
+    "world_size",
+]

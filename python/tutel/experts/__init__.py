@@ -7,9 +7,11 @@ from tutel.experts.make import make_experts
 from tutel.experts.modules import ModuleExperts
 from tutel.experts.padded import compute_experts, takes_padded, takes_tokens
 from tutel.experts.rows import PaddedRows, Rows
+from tutel.experts.work import ExpertWork
 
 __all__ = [
     "ExpertContext",
+    "ExpertWork",
     "FFNExperts",
     "FFNWeights",
     "LlamaFFNExperts",

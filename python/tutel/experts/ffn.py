@@ -10,6 +10,7 @@ from tutel.config import FFNConfig
 from tutel.experts.activation import known_activation
 from tutel.experts.precision import compute_dtype
 from tutel.experts.rows import PaddedRows, Rows
+from tutel.experts.shards import Gather, join_hidden
 from tutel.functional import Routes, expert_ffn, grouped_gemm
 
 
@@ -52,6 +53,7 @@ class FFNExperts(nn.Module):
         self.output_dim = model_dim if config.output_dim is None else config.output_dim
         self.padded = config.padded
         width, hidden = config.fc1_copies * config.hidden_size, config.hidden_size
+        bias_width = -(-self.output_dim // config.shards)
         layers = []
         for _ in range(config.num_local_experts):
             fc1 = nn.Linear(model_dim, width, bias=config.fc1_bias, device="cpu")
@@ -60,13 +62,38 @@ class FFNExperts(nn.Module):
             self.batched_fc1_w = nn.Parameter(torch.stack([fc1.weight for fc1, _ in layers]))
             self.batched_fc2_w = nn.Parameter(torch.stack([fc2.weight.T for _, fc2 in layers]))
             fc1_bias = torch.stack([fc1.bias for fc1, _ in layers]) if config.fc1_bias else None
-            fc2_bias = torch.stack([fc2.bias for _, fc2 in layers]) if config.fc2_bias else None
+            fc2_bias = torch.stack([fc2.bias[:bias_width] for _, fc2 in layers]) if config.fc2_bias else None
         self.register_parameter("batched_fc1_bias", None if fc1_bias is None else nn.Parameter(fc1_bias))
         self.register_parameter("batched_fc2_bias", None if fc2_bias is None else nn.Parameter(fc2_bias))
 
     def weights(self) -> FFNWeights:
         """Return this rank's parameters."""
         return FFNWeights(self.batched_fc1_w, self.batched_fc2_w, self.batched_fc1_bias, self.batched_fc2_bias)
+
+    def gather_weights(self, parts: Gather, biases: Gather, count: int, *, leads: bool) -> FFNWeights:
+        """Return the weights of whole experts, or of larger parts of them, from the ranks that have the parts.
+
+        Args:
+            parts: Joins what ranks have of the hidden units along dimension 0, expert by expert.
+            biases: Likewise what ranks have of the outputs' biases, of whole experts.
+            count: Parts that make one.
+            leads: Whether this rank adds the outputs' biases: of the ranks that compute an expert together, one does.
+        """
+        own = self.weights()
+
+        def joined(part: Tensor) -> Tensor:
+            return join_hidden(parts(part), count, dim=1, copies=self.config.fc1_copies)
+
+        bias = own.fc2_bias
+        if bias is not None:
+            whole = biases(bias).view(-1, self.config.shards * bias.shape[1])[:, : self.output_dim]
+            bias = whole if leads else whole * 0  # not None: ranks gather gradients together
+        return FFNWeights(
+            joined(own.fc1),
+            join_hidden(parts(own.fc2), count, dim=1),
+            None if own.fc1_bias is None else joined(own.fc1_bias),
+            bias,
+        )
 
     def fused(self) -> str | None:
         """Return the name of the activation if all of an expert can be computed in fused passes."""
@@ -126,7 +153,7 @@ class FFNExperts(nn.Module):
             activated = config.activation_with_self(hidden, self)
         else:
             activated = config.activation(hidden)
-        wanted = (*hidden.shape[:-1], config.hidden_size)
+        wanted = (*hidden.shape[:-1], hidden.shape[-1] // config.fc1_copies)
         if not isinstance(activated, Tensor) or activated.shape != wanted:
             found = list(activated.shape) if isinstance(activated, Tensor) else type(activated).__name__
             raise ValueError(f"activation_fn must give shape {list(wanted)} for {list(hidden.shape)}, got {found}")

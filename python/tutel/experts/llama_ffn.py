@@ -7,6 +7,7 @@ from tutel.config import LlamaFFNConfig
 from tutel.experts.activation import known_activation
 from tutel.experts.precision import compute_dtype
 from tutel.experts.rows import Rows
+from tutel.experts.shards import Gather, join_hidden
 from tutel.functional import Routes, expert_ffn, grouped_gemm
 
 
@@ -35,6 +36,24 @@ class LlamaFFNExperts(nn.Module):
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return this rank's parameters."""
         return self.W_fc1, self.W_fc2, self.W_fc3
+
+    def gather_weights(
+        self,
+        parts: Gather,
+        _biases: Gather,
+        count: int,
+        *,
+        leads: bool,  # noqa: ARG002  (one signature for all experts)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weights of whole experts, or of larger parts of them, from the ranks that have the parts.
+
+        Args:
+            parts: Joins what ranks have of the hidden units along dimension 0, expert by expert.
+            count: Parts that make one.
+            leads: Accepted: there are no biases.
+        """
+        fc1, fc2, fc3 = (parts(weight) for weight in self.weights())
+        return join_hidden(fc1, count, dim=2), join_hidden(fc2, count, dim=2), join_hidden(fc3, count, dim=1)
 
     def fused(self) -> str | None:
         """Return the name of the activation if all of an expert can be computed in fused passes."""

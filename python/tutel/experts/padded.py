@@ -1,5 +1,7 @@
 """Ragged where it can be, padded [e, C, D] where experts ask for it."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from tutel.experts.context import ExpertContext
@@ -22,17 +24,19 @@ def takes_tokens(experts: nn.Module, tokens: Tensor) -> bool:
     )
 
 
-def compute_experts(experts: nn.Module, rows: Rows | PaddedRows, context: ExpertContext) -> Rows | PaddedRows:
+def compute_experts(
+    experts: nn.Module, rows: Rows | PaddedRows, weights: Any, context: ExpertContext
+) -> Rows | PaddedRows:
     """Compute the rows in the layout that :func:`takes_padded` asked for.
 
     Raises:
         ValueError: If a user's experts do not return [e, C, D_out].
     """
     if isinstance(rows, Rows):
-        ragged: Rows = experts.compute(rows, experts.weights())  # type: ignore[operator]
+        ragged: Rows = experts.compute(rows, weights)  # type: ignore[operator]
         return ragged
     if hasattr(experts, "compute_padded"):
-        padded: PaddedRows = experts.compute_padded(rows, experts.weights())  # type: ignore[operator]
+        padded: PaddedRows = experts.compute_padded(rows, weights)  # type: ignore[operator]
         output: object = padded.data
     else:
         output = experts(as_parameters(rows.data, experts), context)

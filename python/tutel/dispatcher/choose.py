@@ -1,0 +1,71 @@
+"""Which dispatcher serves a forward pass."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from tutel.config import ExchangeConfig
+from tutel.dispatcher.exchange import ExchangeOptions, FixedDispatcher, RaggedDispatcher
+from tutel.dispatcher.gather import GatherDispatcher
+from tutel.dispatcher.local import LocalDispatcher
+from tutel.distributed.groups import Group, node_size, world_size
+from tutel.distributed.wire import Wire
+from tutel.experts import ExpertWork
+from tutel.route import RoutePlan
+
+
+class Dispatcher(Protocol):
+    """A way to bring tokens to experts and back."""
+
+    def run(self, tokens: Tensor, plan: RoutePlan, work: ExpertWork) -> Tensor:
+        """Compute tokens [T, D] to [T, D_out]."""
+        ...
+
+
+_KINDS: dict[str, Callable[[ExchangeOptions], Dispatcher]] = {
+    "ragged": RaggedDispatcher,
+    "fixed": FixedDispatcher,
+    "gather": GatherDispatcher,
+}
+
+
+class Dispatchers:
+    """The dispatchers of a layer, made when they are first needed.
+
+    Args:
+        group: The layer's ranks.
+        shards: Ranks that share an expert.
+        weigh_inputs: Whether weights multiply the experts' inputs instead of their outputs.
+        exchange: How rows reach other ranks.
+    """
+
+    def __init__(self, group: Group, *, shards: int, weigh_inputs: bool, exchange: ExchangeConfig) -> None:
+        self.group = group
+        self.shards = shards
+        self.weigh_inputs = weigh_inputs
+        self.exchange = exchange
+        self._made: dict[tuple[int, int], Dispatcher] = {}
+
+    def choose(self, degree: int, chunks: int) -> Dispatcher:
+        """Return the one for a degree of model parallelism and a number of overlapping chunks."""
+        key = (degree, chunks)
+        if key not in self._made:
+            self._made[key] = self._make(degree, chunks)
+        return self._made[key]
+
+    def _make(self, degree: int, chunks: int) -> Dispatcher:
+        ranks = world_size(self.group)
+        if ranks == 1 or degree == 0:
+            return LocalDispatcher(weigh_inputs=self.weigh_inputs)
+        node = node_size(self.group) if self.exchange.hierarchical else 1
+        options = ExchangeOptions(
+            group=self.group,
+            shards=self.shards,
+            degree=degree,
+            chunks=chunks,
+            node_size=node if 1 < node < ranks else None,
+            wire=Wire(self.exchange.wire_dtype),
+            weigh_inputs=self.weigh_inputs,
+        )
+        return _KINDS[self.exchange.kind](options)

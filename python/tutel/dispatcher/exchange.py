@@ -1,0 +1,220 @@
+"""Experts on other ranks: rows go to the ranks of their experts, are computed there, and come back.
+
+With several chunks, a chunk's rows travel while those of another are computed, forward and backward:
+
+    start 0, start 1, ..; finish 0, compute 0, start back 0, finish 1, compute 1, start back 1, ..; finish back 0, ..
+
+Every rank does all of it in the same order whatever its number of tokens, none included, so that no rank waits for
+one that has nothing to send.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tutel import env
+from tutel.dispatcher.send import SendPlan, plan_padded, plan_rows, send_plan, split_slots, split_tokens
+from tutel.distributed.agreement import GroupSync, agree
+from tutel.distributed.groups import Group, world_size
+from tutel.distributed.trip import (
+    Journey,
+    Trip,
+    direct_trips,
+    fixed_trip,
+    hierarchical_trips,
+    stay_trip,
+    transpose_blocks,
+)
+from tutel.distributed.wire import Wire
+from tutel.experts import ExpertWork, PaddedRows, Rows
+from tutel.functional import Routes, accumulator_dtype, combine, dispatch
+from tutel.route import RoutePlan
+
+
+@dataclass(frozen=True)
+class ExchangeOptions:
+    """How a forward pass exchanges rows.
+
+    Attributes:
+        group: The ranks.
+        shards: n, ranks that share an expert.
+        degree: r, see :mod:`tutel.dispatcher.send`.
+        chunks: Parts that travel and are computed by themselves.
+        node_size: Ranks of a node if rows go inside nodes first, then across; None if they go straight.
+        wire: How rows are written while they travel.
+        weigh_inputs: Whether weights multiply the experts' inputs instead of their outputs.
+    """
+
+    group: Group
+    shards: int = 1
+    degree: int = 1
+    chunks: int = 1
+    node_size: int | None = None
+    wire: Wire = field(default_factory=Wire)
+    weigh_inputs: bool = False
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A chunk on its way to the experts."""
+
+    plan: SendPlan
+    weights: Tensor
+    trip: Trip
+    journey: Journey
+
+
+class ExchangeDispatcher(ABC):
+    """What the two ways to exchange rows have in common."""
+
+    def __init__(self, options: ExchangeOptions) -> None:
+        self.options = options
+        self.world_size = world_size(options.group)
+
+    @abstractmethod
+    def run(self, tokens: Tensor, plan: RoutePlan, work: ExpertWork) -> Tensor:
+        """Compute tokens [T, D] by the experts of all ranks: [T, D_out]."""
+
+    def _settings(self, tokens: Tensor, plan: RoutePlan, work: ExpertWork) -> dict[str, int]:
+        """Return what has to be the same on all ranks."""
+        options, experts_need = self.options, work.needs_grad()
+        moves_weights = options.weigh_inputs and plan.topk_weights.requires_grad
+        rows_need = torch.is_grad_enabled() and (tokens.requires_grad or moves_weights)
+        return {
+            "adaptive_r": options.degree,
+            "a2a_ffn_overlap_degree": options.chunks,
+            "use_2dh": int(options.node_size is not None),
+            "model_dim": tokens.shape[1],
+            "the number of experts": plan.num_experts,
+            "the size of the input's dtype in bits": torch.finfo(tokens.dtype).bits,
+            "whether the dtype is bfloat16": int(tokens.dtype == torch.bfloat16),
+            "whether the input needs a gradient": int(rows_need),
+            "whether the output needs a gradient": int(rows_need or experts_need),
+        }
+
+    def _exchange(
+        self,
+        tokens: Sequence[Tensor],
+        plans: Sequence[tuple[SendPlan, Tensor]],
+        trips: Sequence[Trip],
+        work: ExpertWork,
+    ) -> list[Tensor]:
+        """Send, compute, bring back and combine all chunks."""
+        if env.skip_exchange():
+            trips = [stay_trip(plan.counts) for plan, _ in plans]
+        sent = [self._send(*parts) for parts in zip(tokens, plans, trips, strict=True)]
+        back = []
+        for chunk in sent:
+            rows = compute_arrivals(chunk.journey.finish(), chunk.trip.arrivals, work)
+            back.append(chunk.trip.back().start(rows, "rows from the experts"))
+        return [self._combine(chunk, journey.finish()) for chunk, journey in zip(sent, back, strict=True)]
+
+    def _send(self, tokens: Tensor, plan_and_weights: tuple[SendPlan, Tensor], trip: Trip) -> _Sent:
+        plan, weights = plan_and_weights
+        weights = weights.to(accumulator_dtype(tokens.dtype)).repeat_interleave(
+            plan.row_index.shape[1] // weights.shape[1], dim=1
+        )
+        rows = dispatch(tokens, plan.row_index, plan.row_choice, weights if self.options.weigh_inputs else None)
+        return _Sent(plan, weights, trip, trip.start(rows, "rows to the experts"))
+
+    def _combine(self, chunk: _Sent, rows: Tensor) -> Tensor:
+        weights = None if self.options.weigh_inputs else chunk.weights
+        return combine(rows, chunk.plan.row_index, chunk.plan.row_choice, weights)
+
+    def _send_plan(self, rows: tuple[Tensor, Tensor, Tensor]) -> SendPlan:
+        options = self.options
+        return send_plan(*rows, world_size=self.world_size, shards=options.shards, degree=options.degree)
+
+
+class RaggedDispatcher(ExchangeDispatcher):
+    """Ranks tell each other how many rows come, then send exactly those."""
+
+    def run(self, tokens: Tensor, plan: RoutePlan, work: ExpertWork) -> Tensor:
+        """Compute tokens [T, D] by the experts of all ranks: [T, D_out]."""
+        settings = self._settings(tokens, plan, work)
+        chunks = split_tokens(plan, self.options.chunks)
+        plans = [(self._send_plan(plan_rows(chunk.plan)), chunk.plan.topk_weights) for chunk in chunks]
+        trips = self._trips([send for send, _ in plans], settings)
+        outputs = self._exchange([tokens[chunk.tokens] for chunk in chunks], plans, trips, work)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _trips(self, plans: list[SendPlan], settings: dict[str, int]) -> list[Trip]:
+        options = self.options
+        counts = torch.stack([plan.counts for plan in plans])
+        if options.node_size is None:
+            return direct_trips(counts, settings, options.group, options.wire)
+        return hierarchical_trips(counts, settings, options.group, options.node_size, options.wire)
+
+
+class FixedDispatcher(ExchangeDispatcher):
+    """Every rank sends the capacity's number of rows to every expert, empty ones included: no number depends on data.
+
+    Ranks compare their settings when they change only.
+    """
+
+    def __init__(self, options: ExchangeOptions) -> None:
+        super().__init__(options)
+        self._agreed: dict[str, int] = {}
+
+    def run(self, tokens: Tensor, plan: RoutePlan, work: ExpertWork) -> Tensor:
+        """Compute tokens [T, D] by the experts of all ranks: [T, D_out]."""
+        options = self.options
+        # Without a capacity, the ranks have to find out how many rows an expert needs at most.
+        capacity = plan.capacity
+        if capacity is None:
+            capacity = GroupSync(options.group, tokens.device).max(plan.padded_capacity())
+        settings = {**self._settings(tokens, plan, work), "the capacity": capacity}
+        if settings != self._agreed:
+            agree(settings, options.group, tokens.device)
+            self._agreed = settings
+        parts, size = split_slots(plan, options.chunks, capacity)
+        plans = [(self._send_plan(plan_padded(part, size)), part.topk_weights) for part in parts]
+        trips = [fixed_trip(send.counts, options.group, options.wire) for send, _ in plans]
+        outputs = self._exchange([tokens] * len(plans), plans, trips, work)
+        return outputs[0] if len(outputs) == 1 else torch.stack(outputs).sum(0)
+
+
+def compute_arrivals(data: Tensor, arrivals: Tensor, work: ExpertWork) -> Tensor:
+    """Compute rows that came from other ranks, and leave them in their order.
+
+    Args:
+        data: [R, D], rank by rank, and expert by expert within each.
+        arrivals: [W, e] int64 on the CPU, how many.
+        work: The experts. They read each row where it is: sorting rows by expert is part of packing them.
+    """
+    per_expert = arrivals.sum(0)
+    experts, total = arrivals.shape[1], data.shape[0]
+    offsets = torch.zeros(experts + 1, dtype=torch.int64)
+    offsets[1:] = per_expert.cumsum(0)
+    if work.padded:
+        return _compute_padded(data, arrivals, offsets, work)
+    offsets = offsets.to(data.device)
+    if experts == 1:
+        return work.compute(Rows(data, offsets)).data
+    move = transpose_blocks(arrivals)
+    order, inverse = move.order.to(data.device), move.inverse.to(data.device).unsqueeze(1)
+    if work.takes_tokens(data):
+        ids = torch.arange(experts, dtype=torch.int32).repeat(arrivals.shape[0])
+        topk_ids = torch.repeat_interleave(ids, arrivals.reshape(-1), output_size=total).to(data.device).unsqueeze(1)
+        ones = torch.ones((total, 1), dtype=accumulator_dtype(data.dtype), device=data.device)
+        return work.compute_tokens(data, Routes(topk_ids, ones, inverse, order), offsets)
+    rows = work.compute(Rows(dispatch(data, inverse, order), offsets)).data
+    return dispatch(rows, order.unsqueeze(1), inverse.squeeze(1))
+
+
+def _compute_padded(data: Tensor, arrivals: Tensor, offsets: Tensor, work: ExpertWork) -> Tensor:
+    """Give each expert equally many rows, the received ones first."""
+    experts, capacity = arrivals.shape[1], int(arrivals.sum(0).max())
+    expert_major = transpose_blocks(arrivals).inverse
+    ids = torch.arange(experts).repeat(arrivals.shape[0])
+    ids = torch.repeat_interleave(ids, arrivals.reshape(-1), output_size=data.shape[0])
+    places = expert_major - offsets[ids] + ids * capacity
+    row_choice = torch.full((experts * capacity,), -1, dtype=torch.int64)
+    row_choice[places] = torch.arange(data.shape[0])
+    row_index, row_choice = places.to(data.device).unsqueeze(1), row_choice.to(data.device)
+    padded = PaddedRows(dispatch(data, row_index, row_choice).view(experts, capacity, data.shape[1]))
+    output = work.compute(padded).data
+    return combine(output.reshape(-1, output.shape[2]), row_index, row_choice)
