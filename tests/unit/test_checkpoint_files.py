@@ -353,10 +353,11 @@ def test_as_modules(tmp_path, layer):
     old = {"0.fc1_weight": torch.ones(2, 8, 6), "0.fc2_weight": torch.ones(2, 8, 6)}
     for rank in range(2):
         write(tmp_path / f"x.rank{rank}", {"model": {f"a.experts.{key}": value for key, value in old.items()}})
+    options = ["tutel.checkpoint.gather", "--namespace", "model", "--default_num_global_experts=4", "--input_size=2"]
+    options += [f"--inputs={tmp_path}/x.rank{{rank}}", f"--output={tmp_path}/all"]
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m"]
     gathered = subprocess.run(
-        [*command, "tutel.checkpoint.gather", "--namespace", "model", "--default_num_global_experts=4"]
-        + [f"--inputs={tmp_path}/x.rank{{rank}}", "--input_size=2", f"--output={tmp_path}/all"],
+        [*command, *options],
         capture_output=True,
         text=True,
         env={key: value for key, value in os.environ.items() if key != "PYTHONWARNINGS"},
@@ -373,11 +374,14 @@ def test_progress_is_shown_on_a_terminal_if_it_takes_long(tmp_path, layer, monke
 
     write(tmp_path / "all", layer.state_dict())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    original = convert.scatter_state
     scatter_file(tmp_path / "all", 2, f"{tmp_path}/{{rank}}")
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(
-        convert, "scatter_state", lambda *args, **kwargs: (time.sleep(0.6), original(*args, **kwargs))[1]
-    )
+    original = convert.scatter_state
+
+    def slow(*args, **options):
+        time.sleep(0.6)
+        return original(*args, **options)
+
+    monkeypatch.setattr(convert, "scatter_state", slow)
     scatter_file(tmp_path / "all", 4, f"{tmp_path}/{{rank}}")
     assert "scatter" in capsys.readouterr().err
