@@ -21,8 +21,8 @@ BENCH_OPTIONS ?=
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint test-rust test-python matrix test-wheel wheel bench bench-peers bench-profile develop freeze clean \
-	test-aarch64 test-asan test-valgrind instructions instructions-accept
+.PHONY: help setup demo test lint test-rust test-python matrix test-wheel wheel bench bench-peers bench-profile \
+	bench-distributed soak develop freeze clean test-aarch64 test-asan test-valgrind instructions instructions-accept
 
 # $(call where,condition,what is missing without it,commands): commands that need what only some machines have. They are
 # skipped elsewhere, which is an error in CI.
@@ -123,9 +123,15 @@ bench-profile: $(BENCH) ## show where the processor time of the main workloads g
 	@cp target/profile/release/lib_core.so target/profile/python/tutel/_core.abi3.so
 	@PYTHONPATH=target/profile/python $(RUN) -m benches --profile --no-times $(BENCH_OPTIONS)
 
+bench-distributed: $(BENCH) ## run the benchmarks over several ranks (BENCH_OPTIONS="--record NAME" writes a record)
+	@$(RUN) -m benches.distributed $(BENCH_OPTIONS)
+
+soak: setup ## train 2,000 steps over four ranks, beside the same on one: nothing drifts, memory stays flat
+	@$(RUN) -m benches.distributed.soak
+
 develop: $(TOOLS) ## install an editable build, for working on the code (make setup brings the wheel back)
 	@rm -f $(INSTALLED)
-	@$(RUN) -m pip install --quiet "torch>=2.10" "tqdm>=4.60"
+	@$(RUN) -m pip install --quiet "torch>=2.10" "tqdm>=4.60" "rich>=13"
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(RUN) -m maturin develop --release --locked
 
 freeze: setup ## accept the present public names as the frozen ones

@@ -234,3 +234,29 @@ def cuda_sandbox() -> int:
 def numa_type() -> int:
     """``NUMA_TYPE``: n binds n neighbouring local ranks to each NUMA node in turn; 0 binds nothing (default 1)."""
     return _integer(("NUMA_TYPE",), 1)
+
+
+def links() -> dict[str, float]:
+    """``TUTEL_LINKS``: what is known of links and need not be measured: ``intra=50e9,inter=10e9,latency=5e-6``.
+
+    ``intra`` and ``inter`` are bytes a second that a rank sends inside its node and to other nodes, ``latency`` seconds
+    a message, ``rate`` floating-point operations a second of the experts' products; each may be left out.
+
+    Raises:
+        ValueError: If it is written in another way.
+    """
+    found = {}
+    for part in filter(None, os.environ.get("TUTEL_LINKS", "").split(",")):
+        name, _, text = part.partition("=")
+        try:
+            number = float(text)
+        except ValueError:
+            number = -1.0
+        if name not in _LINKS or not (0 < number < float("inf") or (name == "latency" and number == 0)):
+            allowed = one_of(f"{each}=NUMBER" for each in _LINKS)
+            raise ValueError(f"environment variable TUTEL_LINKS must hold {allowed}, separated by commas; got {part!r}")
+        found[name] = number
+    return found
+
+
+_LINKS = ("intra", "inter", "latency", "rate")

@@ -21,8 +21,10 @@ from torch.nn import functional as F
 from tutel import config, env
 from tutel.config import CustomGateConfig, LinearGateConfig, MegatronGateConfig, RoutingConfig
 from tutel.dispatcher import Dispatchers
-from tutel.distributed.agreement import GroupSync
+from tutel.distributed.auto import automatic_degree
+from tutel.distributed.dtensor import take_local
 from tutel.distributed.groups import world_size
+from tutel.distributed.handshake import GroupSync
 from tutel.distributed.shards import gathered_weights
 from tutel.errors import check_bool, check_callable, check_int, check_number, check_tensor
 from tutel.experts import ExpertContext, ExpertWork, make_experts
@@ -118,6 +120,7 @@ class MOELayer(nn.Module):
             weigh_inputs=not self.is_postscore,
             exchange=config.exchange_config(exchange, use_2dh=self.use_2dh, wire_dtype=wire_dtype),
         )
+        self._automatic = parallel_type == "auto"
         self._shard_degree = config.parallel_degree(parallel_type, self.sharded_count)
         self.adaptive_degree = self._shard_degree
         if batch_prioritized_routing is None:
@@ -208,7 +211,8 @@ class MOELayer(nn.Module):
         """Compute the layer; every option but the input overrides the layer's own for this call only.
 
         Args:
-            input: [..., D] with at least two dimensions, floating point; T is the product of the leading ones.
+            input: [..., D] with at least two dimensions, floating point; T is the product of the leading ones. Also a
+                DTensor that is divided along its tokens: each rank computes its own, and the output is divided alike.
             gate_index: Which gate to use.
             capacity_factor: Of the gate.
             top_k: Of the gate, limited to E.
@@ -227,30 +231,57 @@ class MOELayer(nn.Module):
             ValueError: If shapes, devices or numbers are out of range.
         """
         self._set_call_options(a2a_ffn_overlap_degree, adaptive_r)
-        tokens = self._tokens(input, check_int("reserve_dims", reserve_dims, at_least=1))
+        reserve_dims = check_int("reserve_dims", reserve_dims, at_least=1)
+        local, give_back = take_local(input, reserve_dims)
+        tokens = self._tokens(local, reserve_dims)
         megablocks_size = check_int("megablocks_size", megablocks_size, at_least=0)
         if self._skip_moe:
-            return self._result(tokens.clone(), input, reserve_dims, tokens.new_zeros(()))
-        if not self.gates:
+            output, l_aux = tokens.clone(), tokens.new_zeros(())
+        elif not self.gates:
             if gate_index != 0 or capacity_factor is not None or top_k is not None:
                 raise ValueError("gate_index, capacity_factor and top_k do not apply: a gate 'megatron' has no routing")
-            return self._result(self._dense(tokens, megablocks_size), input, reserve_dims, tokens.new_zeros(()))
+            output, l_aux = self._dense(tokens, megablocks_size), tokens.new_zeros(())
+        else:
+            gate, routing = self._gate(gate_index, capacity_factor, top_k)
+            if self._automatic and adaptive_r is None and len(self.valid_rs) > 1 and self.world_size > 1:
+                self.adaptive_degree = self._automatic_degree(tokens, routing)
+            tokens = self._drop_inputs(tokens, int(gate_index))
+            plan, l_aux = self._route(
+                tokens, gate, routing, inequivalent_tokens=check_bool("inequivalent_tokens", inequivalent_tokens)
+            )
+            output = self._compute(tokens, plan, megablocks_size)
+        return self._result(output, l_aux, local, reserve_dims, give_back)
 
-        gate, routing = self._gate(gate_index, capacity_factor, top_k)
-        input_dropout = self._input_dropout[int(gate_index)]
-        if input_dropout:
-            tokens = F.dropout(tokens, input_dropout, self.training)
+    def _automatic_degree(self, tokens: Tensor, routing: RoutingConfig) -> int:
+        return automatic_degree(
+            self.experts,
+            tokens,
+            routing,
+            num_experts=self.num_global_experts,
+            valid_degrees=self.valid_rs,
+            chunks=self.a2a_ffn_overlap_degree,
+            exchange=self._dispatchers.exchange,
+            group=self.group,
+        )
+
+    def _drop_inputs(self, tokens: Tensor, gate_index: int) -> Tensor:
+        probability = self._input_dropout[gate_index]
+        return F.dropout(tokens, probability, self.training) if probability else tokens
+
+    def _route(
+        self, tokens: Tensor, gate: nn.Module, routing: RoutingConfig, *, inequivalent_tokens: bool
+    ) -> tuple[RoutePlan, Tensor]:
+        """Return the plan and the auxiliary loss."""
         clean_logits = gate_logits(gate, tokens, self.num_global_experts)
         noisy = self.training and routing.gate_noise > 0
         logits = add_noise(clean_logits, routing.gate_noise) if noisy else clean_logits
         sync = LocalSync() if self.world_size == 1 else GroupSync(self.group, tokens.device)
-        plan = route(logits, routing, sync, inequivalent_tokens=check_bool("inequivalent_tokens", inequivalent_tokens))
+        plan = route(logits, routing, sync, inequivalent_tokens=inequivalent_tokens)
         l_aux = self._auxiliary_loss(plan, clean_logits, logits, routing)
+        self.dispatch_count = plan.tokens_per_expert
         if self._ones_gate:
             plan = dataclasses.replace(plan, topk_weights=torch.ones_like(plan.topk_weights))
-        self.dispatch_count = plan.tokens_per_expert
-
-        return self._result(self._compute(tokens, plan, megablocks_size), input, reserve_dims, l_aux)
+        return plan, l_aux
 
     def _compute(self, tokens: Tensor, plan: RoutePlan, megablocks_size: int) -> Tensor:
         """Dispatch tokens, compute experts and combine."""
@@ -329,10 +360,12 @@ class MOELayer(nn.Module):
             megablocks_size=megablocks_size,
         )
 
-    def _result(self, output: Tensor, given: Tensor, reserve_dims: int, l_aux: Tensor) -> Any:
+    def _result(
+        self, output: Tensor, l_aux: Tensor, given: Tensor, reserve_dims: int, give_back: Callable[[Tensor], Tensor]
+    ) -> Any:
         same_width = output.shape[1] == self.model_dim
         shape = given.shape if same_width else (*given.shape[:-reserve_dims], output.shape[1])
-        result = output.reshape(shape).to(given.dtype)
+        result = give_back(output.reshape(shape).to(given.dtype))
         self.l_aux = l_aux
         result.l_aux = l_aux  # type: ignore[attr-defined]
         return result if self.result_func is None else self.result_func(result)

@@ -7,9 +7,9 @@ and the sums over the ranks go back to where the tokens came from.
 import torch
 from torch import Tensor
 
-from tutel.distributed.agreement import gather_count
 from tutel.distributed.gathering import gather_tokens, scatter_sums
 from tutel.distributed.groups import Group, world_size
+from tutel.distributed.handshake import gather_count
 from tutel.experts import ExpertWork, PaddedRows, Rows
 
 

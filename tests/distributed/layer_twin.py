@@ -70,6 +70,8 @@ def make_pair(case: Case, group: Any = None) -> tuple[MOELayer, MOELayer]:
     local = case.experts_per_rank
     total = local * ranks if local > 0 else ranks // -local
     kind = {"type": "ffn", "hidden_size_per_expert": HIDDEN, "activation_fn": torch.nn.functional.silu, **case.experts}
+    if kind["type"] == "custom":
+        kind = case.experts
     gate = {"type": "top", "k": 2, "capacity_factor": 0.0, **case.gate}
     default = torch.get_default_dtype()
     torch.set_default_dtype(case.dtype)

@@ -24,7 +24,7 @@ LAYERS = [
     {"dispatcher"},
     {"layer", "tensor_parallel"},
     {"moe", "net", "system", "system_init", "ops", "jit", "impls", "integrations"}
-    | {"launcher", "checkpoint", "cli", "telemetry", "testing", "examples"},
+    | {"launcher", "checkpoint", "commands", "__main__", "telemetry", "testing", "examples"},
 ]
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from tutel import env
 from tutel.dispatcher.send import SendPlan, plan_padded, plan_rows, send_plan, split_slots, split_tokens
-from tutel.distributed.agreement import GroupSync, agree
 from tutel.distributed.groups import Group, world_size
+from tutel.distributed.handshake import GroupSync, agree
 from tutel.distributed.trip import (
     Journey,
     Trip,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from tutel.dispatcher.exchange import ExchangeDispatcher, ExchangeOptions
 from tutel.dispatcher.local import LocalDispatcher
-from tutel.distributed.agreement import gather_count
 from tutel.distributed.gathering import gather_tokens, scatter_sums
 from tutel.distributed.groups import world_rank
+from tutel.distributed.handshake import gather_count
 from tutel.experts import ExpertWork
 from tutel.functional import accumulator_dtype
 from tutel.route import RoutePlan

@@ -26,6 +26,8 @@ from torch import Tensor, distributed
 
 #: How long a failing rank waits for the others' answers, in seconds.
 PATIENCE = 5.0
+#: How long the rank that holds the store stays, for others to hear what it reported last.
+_LINGER = 2.0
 #: How often a listener looks again, once somebody has failed.
 _INTERVAL = 0.05
 #: How much of another rank's message is quoted.
@@ -169,7 +171,8 @@ class Watch:
     """A rank's ear at the store, and its voice there.
 
     Keys: ``reports``, how many there are; ``report/i``; ``wake/r``, which rank r's listener sleeps for; ``answer/r``,
-    in which it says what rank r is doing; ``end/r``, set by a rank that ends as it should.
+    in which it says what rank r is doing; ``heard/r``, how many reports it has heard; ``done/r``, set by a rank that
+    knows why it failed; ``end/r``, set by one that ends as it should.
 
     Args:
         store: Shared by all ranks.
@@ -193,9 +196,7 @@ class Watch:
 
         def talk() -> None:
             self._write(Report(self.rank, text))
-            # What others have not heard when the store ends they never will.
-            if self._held_by_rank and self.rank == 0:
-                self._await_answers([rank for rank in range(self.world_size) if rank != self.rank])
+            self._linger([rank for rank in range(self.world_size) if rank != self.rank])
 
         self._in_time(talk)
 
@@ -215,6 +216,8 @@ class Watch:
                     doing[rank] = self._store.get(f"answer/{rank}").decode()
             if silent:
                 self._write(Report(self.rank, f"failed in {name}", tuple(silent)))
+            self._store.set(f"done/{self.rank}", "")
+            self._linger([rank for rank in members if rank not in silent])
 
         reachable = self._in_time(talk)
         reports = {rank: report.text for rank, report in sorted(self.heard.items()) if rank in members}
@@ -265,15 +268,30 @@ class Watch:
                 return missing
             time.sleep(_INTERVAL)
 
-    def _hear(self, store: Any) -> None:
+    def _linger(self, members: Sequence[int]) -> None:
+        """Stay until members heard all reports, if the store ends with this process."""
+        if not self._held_by_rank or self.rank != 0:
+            return
+        until = time.monotonic() + _LINGER
+        count = self._store.add("reports", 0)
+        while members and time.monotonic() < until:
+            members = [rank for rank in members if self._store.add(f"heard/{rank}", 0) < count]
+            members = [rank for rank in members if not self._store.check([f"done/{rank}"])]
+            time.sleep(_INTERVAL)
+
+    def _hear(self, store: Any) -> int:
+        """Read all reports; return how many there are, without one that is being written."""
         with self._lock:
-            for number in range(1, store.add("reports", 0) + 1):
+            count: int = store.add("reports", 0)
+            for number in range(1, count + 1):
                 # The number is taken before the report is written: it will be there the next time.
-                if store.check([f"report/{number}"]):
-                    entry = json.loads(store.get(f"report/{number}"))
-                    told = Report(entry["rank"], entry["text"], tuple(entry["silent"]))
-                    if told.rank != self.rank:
-                        self.heard[told.rank] = told
+                if not store.check([f"report/{number}"]):
+                    return number - 1
+                entry = json.loads(store.get(f"report/{number}"))
+                told = Report(entry["rank"], entry["text"], tuple(entry["silent"]))
+                if told.rank != self.rank:
+                    self.heard[told.rank] = told
+            return count
 
     def _listen(self) -> None:
         # The store ends with its host, and what was heard stays.
@@ -284,8 +302,11 @@ class Watch:
                 except distributed.DistStoreError:
                     continue  # a day without failures
                 break
+            heard = 0
             while not self._stopped:
-                self._hear(self._ear)
+                count = self._hear(self._ear)
+                self._ear.add(f"heard/{self.rank}", count - heard)
+                heard = count
                 self._ear.set(f"answer/{self.rank}", f"in {_here}" if _here else "not in a collective")
                 time.sleep(_INTERVAL)
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tutel.distributed.agreement import exchange_counts
 from tutel.distributed.exchange import Flight, Swap, finish, start
 from tutel.distributed.groups import Group, divide, world_rank
+from tutel.distributed.handshake import exchange_counts
 from tutel.distributed.wire import Wire
 from tutel.functional import dispatch
 

@@ -1,0 +1,1 @@
+"""Benchmarks of several ranks on this machine, over Gloo; the soak program."""

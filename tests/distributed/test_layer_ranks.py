@@ -1,0 +1,225 @@
+"""A layer over 1 to 4 ranks gives what one rank gives: outputs, losses and gradients, whatever way rows take."""
+
+import itertools
+import os
+from typing import Any
+
+import pytest
+import torch
+from layer_twin import HIDDEN, MODEL_DIM, Case, check, make_pair
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from tutel import net
+
+EVEN, UNEVEN, ONE_EMPTY = (7, 7, 7, 7), (7, 2, 5, 9), (0, 5, 1, 2)
+EXCHANGES: list[dict[str, Any]] = [
+    {},
+    {"a2a_ffn_overlap_degree": 2},
+    {"a2a_ffn_overlap_degree": 5},
+    {"exchange": "fixed"},
+    {"exchange": "fixed", "a2a_ffn_overlap_degree": 3},
+    {"exchange": "gather"},
+]
+
+
+def check_all(cases: list[Case]) -> None:
+    for case in cases:
+        check(case)
+
+
+def whole_experts() -> list[Case]:
+    """Each rank has whole experts: every way of rows x choices x drops x numbers of tokens."""
+    cases = []
+    for layer, (tokens, skewed), (top_k, factor) in itertools.product(
+        EXCHANGES,
+        [(EVEN, False), (UNEVEN, False), (ONE_EMPTY, False), (UNEVEN, True)],
+        [(1, 0.0), (2, 0.0), (2, -0.5)],
+    ):
+        # Fixed numbers need one capacity; where ranks differ in tokens, it is that of the largest.
+        if layer.get("exchange") == "fixed" and factor and tokens != EVEN:
+            continue
+        cases.append(Case(layer=layer, tokens=tokens, skewed=skewed, gate={"k": top_k, "capacity_factor": factor}))
+    for layer in EXCHANGES:
+        cases.append(Case(layer={**layer, "is_postscore": False}, tokens=UNEVEN))
+        cases.append(Case(1, layer=layer, experts={"type": "llama_ffn"}, tokens=UNEVEN))
+        cases.append(Case(layer=layer, experts={"output_dim": 3, "has_fc2_bias": False}))
+    cases.append(Case(forward={"adaptive_r": 0}, tokens=UNEVEN))
+    cases.append(Case(forward={"top_k": 1, "capacity_factor": 0.7}))
+    return cases
+
+
+def shared_experts(ranks: int, shards: int) -> list[Case]:
+    """``shards`` ranks share an expert: every degree x every way of rows."""
+    cases = []
+    degrees = [0, *(degree for degree in range(1, shards + 1) if shards % degree == 0)]
+    for degree, layer in itertools.product(degrees, EXCHANGES):
+        gate = {"k": 1 if shards == ranks else 2, "capacity_factor": 0.0}
+        common: dict[str, Any] = {"layer": layer, "forward": {"adaptive_r": degree}, "gate": gate, "tokens": UNEVEN}
+        cases.append(Case(-shards, **common))
+        cases.append(Case(-shards, **common, experts={"type": "llama_ffn"}))
+        cases.append(Case(-shards, **common, experts={"output_dim": 5, "fc1_copies": 2, "activation_fn": gated}))
+    return cases
+
+
+def gated(hidden: Tensor) -> Tensor:
+    left, right = hidden.chunk(2, -1)
+    return nn.functional.silu(left) * right
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_whole_experts(ranks: int) -> None:
+    run_ranks(check_all, ranks, whole_experts(), timeout=100)
+
+
+@pytest.mark.parametrize(("ranks", "shards"), [(2, 2), (3, 3), (4, 2), (4, 4)])
+def test_shared_experts(ranks: int, shards: int) -> None:
+    run_ranks(check_all, ranks, shared_experts(ranks, shards), timeout=100)
+
+
+def nodes_of_two(cases: list[Case]) -> None:
+    rank = int(os.environ["RANK"])
+    os.environ.update(LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2")
+    check_all(cases)
+
+
+def test_exchange_inside_nodes_first() -> None:
+    layers: list[dict[str, Any]] = [{"use_2dh": True}, {"use_2dh": True, "a2a_ffn_overlap_degree": 3}]
+    cases = [Case(layer=layer, tokens=tokens) for layer in layers for tokens in (EVEN, UNEVEN, ONE_EMPTY)]
+    cases += [Case(-2, layer=layer, tokens=UNEVEN, forward={"adaptive_r": 2}) for layer in layers]
+    run_ranks(nodes_of_two, 4, cases)
+
+
+def test_other_dtypes_and_what_travels() -> None:
+    """Rows that travel narrow give outputs within the stated error; the same dtype the same up to rounding."""
+    wires: list[dict[str, Any]] = [{}, {"exchange": "gather"}, {"a2a_ffn_overlap_degree": 2}]
+    cases = [
+        Case(layer=layer, dtype=dtype, tolerance=tolerance)
+        for layer in wires
+        for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3))
+    ]
+    for layer in ({}, {"exchange": "fixed"}, {"a2a_ffn_overlap_degree": 2}):
+        for name, tolerance in (("bfloat16", 2.0**-6), ("float8_e4m3", 2.0**-3)):
+            cases.append(Case(layer={**layer, "wire_dtype": name}, dtype=torch.float32, tolerance=tolerance))
+    run_ranks(check_all, 2, cases)
+
+
+class RowSum(nn.Module):
+    """Experts of a user's own class, which see [e, rows, D]."""
+
+    def __init__(self, model_dim: int, num_experts_per_device: int, sharded_count: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(num_experts_per_device, 1, model_dim))
+
+    def forward(self, rows: Tensor, context: Any) -> Tensor:
+        assert rows.shape[0] in (context.num_local_experts, context.num_global_experts)
+        return (rows * self.scale).tanh()
+
+
+def test_users_experts() -> None:
+    own = {"type": "custom", "module": RowSum}
+    cases = [Case(layer=layer, experts=own, tokens=tokens) for layer in EXCHANGES for tokens in (EVEN, ONE_EMPTY)]
+    run_ranks(check_all, 2, cases)
+
+
+def subgroup(cases: list[Case]) -> None:
+    rank = net.get_world_rank()
+    group = net.create_groups_from_world(group_count=-2).model_group
+    for case in cases:
+        check(case, group)
+    assert net.get_world_rank() == rank
+
+
+def test_a_part_of_the_ranks() -> None:
+    cases = [Case(layer=layer) for layer in EXCHANGES] + [
+        Case(-2, gate={"k": 1}),
+        Case(-2, gate={"k": 1}, forward={"adaptive_r": 0}),
+    ]
+    run_ranks(subgroup, 4, cases)
+
+
+def switch_modes(steps: int) -> tuple[list[float], list[float]]:
+    """Train with a mode that changes at every step, and with one that does not; return both loss curves."""
+    curves = []
+    for modes in ([1], [0, 1, 2, 4]):
+        layer, _ = make_pair(Case(-4, gate={"k": 1, "capacity_factor": 0.0}))
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9)
+        torch.manual_seed(5 + net.get_world_rank())
+        tokens = torch.randn(9, MODEL_DIM, dtype=torch.float64)
+        losses = []
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss = (layer(tokens, adaptive_r=modes[step % len(modes)]) - tokens).square().mean()
+            loss.backward()
+            for parameter in layer.gates.parameters():
+                net.simple_all_reduce(parameter.grad, inplace=True)
+            optimizer.step()
+            losses.append(float(net.simple_all_reduce(loss.detach())))
+        curves.append(losses)
+    return curves[0], curves[1]
+
+
+def test_switching_modes_keeps_the_loss_curve() -> None:
+    for steady, switching in run_ranks(switch_modes, 4, 12):
+        assert steady[-1] < 0.9 * steady[0]
+        assert switching == pytest.approx(steady, rel=1e-12)
+
+
+def differ(options: list[dict[str, Any]], forward: list[dict[str, Any]], dtypes: list[torch.dtype]) -> str:
+    rank = net.get_world_rank()
+    layer, _ = make_pair(
+        Case(-2 if "adaptive_r" in forward[0] else 2, layer=options[rank], dtype=dtypes[rank], gate={"k": 1})
+    )
+    try:
+        layer(torch.randn(3, MODEL_DIM, dtype=dtypes[rank]), **forward[rank])
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("options", "forward", "dtypes", "named"),
+    [
+        ([{}, {}], [{"adaptive_r": 1}, {"adaptive_r": 2}], [torch.float64] * 2, "adaptive_r is"),
+        ([{"a2a_ffn_overlap_degree": 1}] * 2, [{}, {}], [torch.float64, torch.float32], "dtype"),
+    ],
+)
+def test_ranks_that_differ_are_told(options: Any, forward: Any, dtypes: Any, named: str) -> None:
+    for message in run_ranks(differ, 2, options, forward, dtypes):
+        assert "must call it alike" in message
+        assert named in message
+
+
+def joined_batch() -> list[float]:
+    """The README's loop: gradients of all parameters but the marked ones are reduced."""
+    case = Case(layer={"scan_expert_func": mark}, gate={"k": 2, "capacity_factor": 0.0})
+    layer, twin = make_pair(case)
+    ranks, rank = net.get_world_size(), net.get_world_rank()
+    torch.manual_seed(3)
+    tokens = torch.randn(ranks * 8, MODEL_DIM, dtype=torch.float64)
+    losses = []
+    for module, part in ((layer, tokens.chunk(ranks)[rank]), (twin, tokens)):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.3)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = (module(part) - part).square().sum() / tokens.numel()
+            loss.backward()
+            if module is layer:
+                for parameter in module.parameters():
+                    if not hasattr(parameter, "skip_allreduce"):
+                        torch.distributed.all_reduce(parameter.grad)
+                torch.distributed.all_reduce(loss.detach())
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return losses
+
+
+def mark(_name: str, parameter: nn.Parameter) -> None:
+    parameter.skip_allreduce = True
+
+
+def test_the_readme_loop_gives_the_losses_of_one_process() -> None:
+    for losses in run_ranks(joined_batch, 2):
+        assert losses[:4] == pytest.approx(losses[4:], rel=1e-12)
+        assert losses[3] < losses[0]
+    assert HIDDEN % 4 == 0  # so that four ranks can share an expert
