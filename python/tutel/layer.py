@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from tutel import config, env
 from tutel.config import CustomGateConfig, LinearGateConfig, MegatronGateConfig, RoutingConfig
 from tutel.dispatcher import Dispatchers
+from tutel.distributed.auto import automatic_degree
 from tutel.distributed.dtensor import take_local
 from tutel.distributed.groups import world_size
 from tutel.distributed.handshake import GroupSync
@@ -119,6 +120,7 @@ class MOELayer(nn.Module):
             weigh_inputs=not self.is_postscore,
             exchange=config.exchange_config(exchange, use_2dh=self.use_2dh, wire_dtype=wire_dtype),
         )
+        self._automatic = parallel_type == "auto"
         self._shard_degree = config.parallel_degree(parallel_type, self.sharded_count)
         self.adaptive_degree = self._shard_degree
         if batch_prioritized_routing is None:
@@ -241,12 +243,26 @@ class MOELayer(nn.Module):
             output, l_aux = self._dense(tokens, megablocks_size), tokens.new_zeros(())
         else:
             gate, routing = self._gate(gate_index, capacity_factor, top_k)
+            if self._automatic and adaptive_r is None and len(self.valid_rs) > 1 and self.world_size > 1:
+                self.adaptive_degree = self._automatic_degree(tokens, routing)
             tokens = self._drop_inputs(tokens, int(gate_index))
             plan, l_aux = self._route(
                 tokens, gate, routing, inequivalent_tokens=check_bool("inequivalent_tokens", inequivalent_tokens)
             )
             output = self._compute(tokens, plan, megablocks_size)
         return self._result(output, l_aux, local, reserve_dims, give_back)
+
+    def _automatic_degree(self, tokens: Tensor, routing: RoutingConfig) -> int:
+        return automatic_degree(
+            self.experts,
+            tokens,
+            routing,
+            num_experts=self.num_global_experts,
+            valid_degrees=self.valid_rs,
+            chunks=self.a2a_ffn_overlap_degree,
+            exchange=self._dispatchers.exchange,
+            group=self.group,
+        )
 
     def _drop_inputs(self, tokens: Tensor, gate_index: int) -> Tensor:
         probability = self._input_dropout[gate_index]
