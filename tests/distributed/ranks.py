@@ -10,7 +10,6 @@ import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
-import pickle
 import socket
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 #: What the launcher of the tests themselves may have set.
 FOREIGN = ("OMPI_", "PMI_", "MPI_LOCAL", "SLURM_", "TORCHELASTIC_", "LOCAL_SIZE", "TUTEL_")
@@ -113,7 +113,9 @@ def free_port() -> int:
 
 def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "tutel.moe", "tutel.net", "tutel.system", "pytest"])
+    # torch._dynamo is what optimizers import at their first step, which takes seconds.
+    torch_modules = ["torch", "torch.distributed", "torch.distributed.tensor", "torch._dynamo"]
+    context.set_forkserver_preload([*torch_modules, "tutel.moe", "tutel.net", "tutel.system", "pytest"])
     return context
 
 
@@ -134,9 +136,9 @@ def _wait_for(processes: list[BaseProcess], started: float, timeout: float) -> l
 
 
 def _ended(folder: Path, rank: int, process: BaseProcess, seconds: float | None, timeout: float) -> Ended:
-    output, result = folder / f"{rank}.txt", folder / f"{rank}.pickle"
+    output, result = folder / f"{rank}.txt", folder / f"{rank}.pt"
     text = output.read_text(errors="replace") if output.exists() else ""
-    value = pickle.loads(result.read_bytes()) if result.exists() else None
+    value = torch.load(result, weights_only=False) if result.exists() else None
     code = None if seconds is None else process.exitcode
     process.close()
     return Ended(code, text, timeout if seconds is None else seconds, value)
@@ -167,8 +169,6 @@ def _run(
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "TUTEL_GLOBAL_TIMEOUT_SEC": "30",
         **env,
     }  # fmt: skip
-    import torch
-
     from tutel import system
 
     torch.set_num_threads(1)
@@ -178,8 +178,8 @@ def _run(
         if start:
             system.init_data_model_parallel(backend="gloo")
         result = function(*args)
-        Path(f"{folder}/{rank}.part").write_bytes(pickle.dumps(result))
-        Path(f"{folder}/{rank}.part").rename(f"{folder}/{rank}.pickle")
+        torch.save(result, f"{folder}/{rank}.part")
+        Path(f"{folder}/{rank}.part").rename(f"{folder}/{rank}.pt")
         code = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())

@@ -1,4 +1,4 @@
-"""tutel.net in one process: results, shapes and gradients; and its refusal of several processes."""
+"""tutel.net in one process: results, shapes, gradients and errors. tests/distributed has it over several."""
 
 import torch
 import torch.distributed
@@ -56,11 +56,6 @@ DIFFERENTIABLE = {
     "batch_all_to_all_v": lambda x: net.batch_all_to_all_v([x], [x.numel()])[0][0],
     "batch_all_gather_v": lambda x: net.batch_all_gather_v([x])[0][0].reshape(x.shape),
 }
-OTHERS = {
-    "TutelDistributedOptimizer": lambda x: net.TutelDistributedOptimizer([x]),
-}
-
-
 @mark.parametrize("name", SIMPLE)
 def test_simple_collectives_are_the_identity_without_gradient(name):
     output = SIMPLE[name](X)
@@ -80,12 +75,6 @@ def test_collectives_are_the_identity_with_gradient(name):
 @mark.parametrize("name", [*SIMPLE, *DIFFERENTIABLE])
 def test_a_group_of_one_process_changes_nothing(name, one_rank):
     assert torch.equal({**SIMPLE, **DIFFERENTIABLE}[name](X), X)
-
-
-@mark.parametrize("name", [*SIMPLE, *DIFFERENTIABLE, *OTHERS])
-def test_several_ranks_are_refused(name, two_ranks):
-    with raises(NotImplementedError, match="not implemented yet: the group has 2"):
-        {**SIMPLE, **DIFFERENTIABLE, **OTHERS}[name](tokens(4, 3))
 
 
 def test_size_and_rank(one_rank):
@@ -208,6 +197,36 @@ BAD_CALLS = {
     "no parameter": (lambda: net.TutelDistributedOptimizer([1]), TypeError, "params must be parameters, or dicts"),
     "too early": (lambda: net.TutelDistributedOptimizer([X]).step(), RuntimeError, "there is no optimizer yet"),
 }
+
+
+INDIVISIBLE = {
+    "all_to_all": lambda: net.all_to_all(X, 0, 1),
+    "all_to_all_single": lambda: net.all_to_all_single(X[1:]),
+    "reduce_scatter": lambda: net.reduce_scatter(X, -1),
+    "spatial_split": lambda: net.spatial_split(X, 1),
+    "simple_split": lambda: net.simple_split(X[1:]),
+    "simple_all_to_all": lambda: net.simple_all_to_all(X[1:]),
+    "simple_reduce_scatter": lambda: net.simple_reduce_scatter(X[1:]),
+}
+
+
+@mark.parametrize("name", INDIVISIBLE)
+def test_what_two_ranks_cannot_divide(name, two_ranks):
+    with raises(ValueError, match=rf"^{name}: the number of ranks \(2\) must divide dimension -?[01] of input"):
+        INDIVISIBLE[name]()
+
+
+def test_bad_calls_of_two_ranks(two_ranks):
+    with raises(ValueError, match=r"src must be below the number of ranks \(2\), got 2"):
+        net.simple_broadcast(X, 2)
+    with raises(ValueError, match=r"one size a rank \(\[2\]\), got shape \[1\]"):
+        net.batch_all_to_all_v([X], [12])
+    with raises(ValueError, match=r"elements \(12\), got \[6, 7\]"):
+        net.batch_all_to_all_v([X], [6, 7])
+    with raises(ValueError, match=r"\[9, 3\] has 27 elements, but the ranks' parts have 24"):
+        net.zero_gather(X, [9, 3])
+    with raises(ValueError, match=r"group_count must divide the number of ranks \(2\)"):
+        net.create_groups_from_world(3)
 
 
 @mark.parametrize("name", BAD_CALLS)
