@@ -13,13 +13,15 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE \
 	$(shell find crates python -not -name '__pycache__' -not -name '*.pyc' -not -name '*.so')
 TOOLS := $(VENV)/.tools
 WHEEL := dist/.built
+TORCH := $(VENV)/.torch
+# As in pyproject.toml, to be there before the wheel is.
+REQUIREMENTS := "torch>=2.10" "tqdm>=4.60"
 INSTALLED := $(VENV)/.installed
 BENCH := $(VENV)/.bench
 PEERS := .venv-peers
 BENCH_OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test lint test-rust test-python matrix test-wheel wheel bench bench-peers bench-profile develop freeze clean \
 	test-aarch64 test-asan test-valgrind instructions instructions-accept
@@ -42,9 +44,12 @@ setup: $(INSTALLED) ## create .venv, build the wheel and install it there; repea
 demo: setup ## train the helloworld layer on whatever device is there
 	@$(RUN) -m tutel.examples.helloworld --batch_size=2 --num_steps=10
 
-KERNELS := test-aarch64 test-asan test-valgrind instructions
-# The last line printed is pytest's count.
-test: setup lint test-rust $(KERNELS) test-wheel test-python ## run every check, with the wheel as users get it
+# Two at a time: most of them keep one processor busy, or none while they download. What a step prints appears when it
+# ends. Then pytest, on all processors; the last line printed is its count.
+CHECKS := test-rust lint test-wheel test-aarch64 test-asan test-valgrind instructions
+test: ## run every check, with the wheel as users get it
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(CHECKS)
+	@$(MAKE) --no-print-directory test-python
 
 lint: setup ## check formatting, lints, types, stubs, documentation and licences
 	@echo "== rust: fmt, clippy, doc, deny"
@@ -57,7 +62,7 @@ lint: setup ## check formatting, lints, types, stubs, documentation and licences
 	@$(RUN) -m ruff check --quiet .
 	@$(RUN) -m ruff format --quiet --check . || { echo "run '$(RUN) -m ruff format .'" >&2; exit 1; }
 	@$(RUN) -m mypy --no-error-summary
-	@$(RUN) -m mypy.stubtest --concise tutel._core
+	@$(RUN) -m mypy.stubtest --concise --mypy-config-file tests/packaging/stubtest.ini tutel._core
 
 test-rust: ## run the crates' own tests
 	@echo "== cargo test"
@@ -96,13 +101,15 @@ instructions: ## compare the instructions that kernels take with benches/instruc
 instructions-accept: ## accept the present counts of instructions
 	@$(PYTHON) benches/instructions.py --accept
 
+# Workers with one thread each (see tests/conftest.py); tests that must not run at the same time are in one group.
+PYTEST_WORKERS := --numprocesses=logical --maxprocesses=4 --dist=loadgroup
 test-python: setup ## run pytest against the installed wheel
 	@echo "== pytest, with the installed wheel"
 	@$(RUN) tests/packaging/error_paths.py
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest $(PYTEST_WORKERS)
 
 matrix: setup ## every gate x expert x option in every dtype (make test takes a sample)
-	@TUTEL_TEST_MATRIX=full $(RUN) -m pytest tests/matrix
+	@TUTEL_TEST_MATRIX=full $(RUN) -m pytest $(PYTEST_WORKERS) tests/matrix
 
 test-wheel: wheel ## try the wheel in a clean environment with the oldest torch and Python (.venv-*)
 	@$(RUN) tests/packaging/clean_environments.py dist
@@ -125,7 +132,7 @@ bench-profile: $(BENCH) ## show where the processor time of the main workloads g
 
 develop: $(TOOLS) ## install an editable build, for working on the code (make setup brings the wheel back)
 	@rm -f $(INSTALLED)
-	@$(RUN) -m pip install --quiet "torch>=2.10" "tqdm>=4.60"
+	@$(RUN) -m pip install --quiet $(REQUIREMENTS)
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(RUN) -m maturin develop --release --locked
 
 freeze: setup ## accept the present public names as the frozen ones
@@ -153,9 +160,15 @@ $(WHEEL): $(TOOLS) $(SOURCES)
 	@$(RUN) -m maturin build --quiet --release --locked --out dist
 	@touch $@
 
-# The version stays the same between builds, so pip has to be told to replace it.
-$(INSTALLED): $(WHEEL)
-	@echo "== tutel and PyTorch into $(VENV) (PyTorch is large: the first time takes minutes)"
+# Apart from the wheel, so that it comes while the wheel is built.
+$(TORCH): $(TOOLS)
+	@echo "== PyTorch into $(VENV) (it is large: the first time takes minutes)"
+	@$(RUN) -m pip install --quiet $(REQUIREMENTS)
+	@touch $@
+
+# As a user would, so that what the wheel asks for is there; then again, since the version stays the same between builds.
+$(INSTALLED): $(TORCH) $(WHEEL)
+	@echo "== tutel into $(VENV)"
 	@$(RUN) -m pip install --quiet dist/*.whl
 	@$(RUN) -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	@touch $@
