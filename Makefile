@@ -13,9 +13,6 @@ SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE \
 	$(shell find crates python -not -name '__pycache__' -not -name '*.pyc' -not -name '*.so')
 TOOLS := $(VENV)/.tools
 WHEEL := dist/.built
-TORCH := $(VENV)/.torch
-# As in pyproject.toml, to be there before the wheel is.
-REQUIREMENTS := "torch>=2.10" "tqdm>=4.60"
 INSTALLED := $(VENV)/.installed
 BENCH := $(VENV)/.bench
 PEERS := .venv-peers
@@ -24,7 +21,8 @@ BENCH_OPTIONS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test lint test-rust test-python matrix test-wheel wheel bench bench-peers bench-profile develop freeze clean \
-	test-aarch64 test-asan test-valgrind instructions instructions-accept
+	test-aarch64 test-asan test-valgrind instructions instructions-accept \
+	lane-rust lane-python lint-rust lint-python
 
 # $(call where,condition,what is missing without it,commands): commands that need what only some machines have. They are
 # skipped elsewhere, which is an error in CI.
@@ -44,20 +42,30 @@ setup: $(INSTALLED) ## create .venv, build the wheel and install it there; repea
 demo: setup ## train the helloworld layer on whatever device is there
 	@$(RUN) -m tutel.examples.helloworld --batch_size=2 --num_steps=10
 
-# Two at a time: most of them keep one processor busy, or none while they download. What a step prints appears when it
-# ends. Then pytest, on all processors; the last line printed is its count.
-CHECKS := test-rust lint test-wheel test-aarch64 test-asan test-valgrind instructions
+# Two lanes side by side, since most checks keep one processor busy, or none while they download. Cargo's own stand in
+# one: they would wait for each other's build folder. What a check prints appears when it ends. Then pytest, on all
+# processors; the last line printed is its count.
+RUST_LANE := lint-rust test-rust test-valgrind test-aarch64 test-asan
+PYTHON_LANE := setup lint-python instructions test-wheel
 test: ## run every check, with the wheel as users get it
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target $(CHECKS)
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lane-rust lane-python
 	@$(MAKE) --no-print-directory test-python
 
-lint: setup ## check formatting, lints, types, stubs, documentation and licences
+lane-rust lane-python: lane-%:
+	@for check in $(if $(filter rust,$*),$(RUST_LANE),$(PYTHON_LANE)); do \
+		$(MAKE) --no-print-directory $$check || exit 1; done
+
+lint: lint-rust lint-python ## check formatting, lints, types, stubs, documentation and licences
+
+lint-rust:
 	@echo "== rust: fmt, clippy, doc, deny"
 	@cargo fmt --all --check
 	@cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
 	@RUSTDOCFLAGS="-D warnings" cargo doc --quiet --locked --workspace --no-deps --document-private-items
 	@$(call where,cargo deny --version >/dev/null 2>&1,cargo-deny (cargo install --locked cargo-deny),\
 		cargo deny --log-level error check bans licenses sources)
+
+lint-python: setup
 	@echo "== python: ruff, mypy, stubtest"
 	@$(RUN) -m ruff check --quiet .
 	@$(RUN) -m ruff format --quiet --check . || { echo "run '$(RUN) -m ruff format .'" >&2; exit 1; }
@@ -132,7 +140,7 @@ bench-profile: $(BENCH) ## show where the processor time of the main workloads g
 
 develop: $(TOOLS) ## install an editable build, for working on the code (make setup brings the wheel back)
 	@rm -f $(INSTALLED)
-	@$(RUN) -m pip install --quiet $(REQUIREMENTS)
+	@$(RUN) -m pip install --quiet "torch>=2.10" "tqdm>=4.60"
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(RUN) -m maturin develop --release --locked
 
 freeze: setup ## accept the present public names as the frozen ones
@@ -160,15 +168,9 @@ $(WHEEL): $(TOOLS) $(SOURCES)
 	@$(RUN) -m maturin build --quiet --release --locked --out dist
 	@touch $@
 
-# Apart from the wheel, so that it comes while the wheel is built.
-$(TORCH): $(TOOLS)
-	@echo "== PyTorch into $(VENV) (it is large: the first time takes minutes)"
-	@$(RUN) -m pip install --quiet $(REQUIREMENTS)
-	@touch $@
-
-# As a user would, so that what the wheel asks for is there; then again, since the version stays the same between builds.
-$(INSTALLED): $(TORCH) $(WHEEL)
-	@echo "== tutel into $(VENV)"
+# The version stays the same between builds, so pip has to be told to replace it.
+$(INSTALLED): $(WHEEL)
+	@echo "== tutel and PyTorch into $(VENV) (PyTorch is large: the first time takes minutes)"
 	@$(RUN) -m pip install --quiet dist/*.whl
 	@$(RUN) -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	@touch $@
