@@ -24,7 +24,7 @@ def test_load_on_other_ranks(saved, saved_on, ranks):
 
 
 def test_load_on_imagined_ranks(saved):
-    """Of 8 and of 12 ranks, one after the other: finer shares of an expert than those that were saved, empty ones too."""
+    """Of 8 and of 12 ranks, one after the other: finer shares of an expert than those saved, empty ones too."""
     for ranks in (8, 12):
         expected = sum(case.fits(ranks) and case.fits(4) for case in CASES)
         [counts] = run_ranks(checkpoints.load_imagined, 1, saved[4], 4, ranks, timeout=120)
