@@ -1,4 +1,4 @@
-"""Both methods of the README over two hosts, which are two network namespaces of this one, each with its own address."""
+"""Both methods of the README over two hosts: two network namespaces of this one, each with an address of its own."""
 
 import os
 import subprocess
@@ -71,14 +71,8 @@ def test_method_b(hosts, tmp_path):
     """)
     agent.chmod(0o755)
     mpiexec = ["mpiexec", "--allow-run-as-root", "--mca", "plm_rsh_agent", agent]
-    places = [
-        "-host",
-        f"{hosts[0].address},{hosts[1].address}",
-        "-x",
-        "LOCAL_SIZE=2",
-        "-x",
-        f"MASTER_ADDR={hosts[0].address}",
-    ]
+    first, second = (host.address for host in hosts)
+    places = ["-host", f"{first},{second}", "-x", "LOCAL_SIZE=2", "-x", f"MASTER_ADDR={first}"]
     launcher = ["python3", "-m", "tutel.launcher.run"]
     printed = run([*hosts[0].inside, *mpiexec, *places, *launcher, *HELLOWORLD, "--use_2dh"])
     assert losses(printed) == expected(4)

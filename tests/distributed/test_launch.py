@@ -1,4 +1,4 @@
-"""Every way to launch on one host: the same losses, the exit status of the program, the whole host for its processes."""
+"""Every way to launch on one host: the same losses, the program's exit status, the whole host for its processes."""
 
 import contextlib
 import functools
