@@ -148,7 +148,7 @@ def against_bare(effort: Effort) -> list[Compared]:
             finish(*start(given, swap, "rows"))
 
         def counted(given: Tensor = given, counts: Tensor = counts) -> None:
-            [trip] = direct_trips(counts, {"width": width}, None, Wire())
+            [trip] = direct_trips(counts, None, Wire())
             trip.start(given, "rows").finish()
 
         sent = (sum(sends) - mine) * width * 4
