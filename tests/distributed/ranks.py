@@ -26,6 +26,13 @@ import torch
 FOREIGN = ("OMPI_", "PMI_", "MPI_LOCAL", "SLURM_", "TORCHELASTIC_", "LOCAL_SIZE", "TUTEL_")
 
 
+#: What each process would otherwise import for itself; the optimizers' first step imports torch's compiler.
+PRELOADED = [
+    *("pytest", "torch", "torch.distributed", "torch._dynamo", "torch.distributed.optim", "torch.distributed.tensor"),
+    *("torch.distributed.fsdp", "tutel.moe", "tutel.net", "tutel.system", "tutel.distributed"),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class Ended:
     """How a rank ended.
@@ -113,9 +120,7 @@ def free_port() -> int:
 
 def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    # torch._dynamo is what optimizers import at their first step, which takes seconds.
-    torch_modules = ["torch", "torch.distributed", "torch.distributed.tensor", "torch._dynamo"]
-    context.set_forkserver_preload([*torch_modules, "tutel.moe", "tutel.net", "tutel.system", "pytest"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

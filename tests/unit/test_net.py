@@ -56,6 +56,8 @@ DIFFERENTIABLE = {
     "batch_all_to_all_v": lambda x: net.batch_all_to_all_v([x], [x.numel()])[0][0],
     "batch_all_gather_v": lambda x: net.batch_all_gather_v([x])[0][0].reshape(x.shape),
 }
+
+
 @mark.parametrize("name", SIMPLE)
 def test_simple_collectives_are_the_identity_without_gradient(name):
     output = SIMPLE[name](X)
