@@ -1,0 +1,353 @@
+"""States of W ranks into one and back: `gather_states` and `scatter_state`."""
+
+import pytest
+import torch
+from reference import random_values
+from torch import nn
+from tutel.checkpoint import CheckpointError, gather_states, scatter_state
+
+from tutel import moe
+
+D, H, D_OUT, E = 6, 8, 5, 4
+FFN = {"type": "ffn", "hidden_size_per_expert": H, "output_dim": D_OUT}
+LLAMA = {"type": "llama_ffn", "hidden_size_per_expert": H}
+GLU = {**FFN, "fc1_copies": 2, "activation_fn": lambda x: x[..., :H] * x[..., H:]}
+
+
+def whole_layer(experts, count=E, dtype=torch.float32):
+    """One rank with all experts: what every conversion starts from or ends in."""
+    torch.set_default_dtype(dtype)
+    layer = moe.moe_layer({"type": "top", "k": 2}, D, {**experts, "count_per_node": count}, seeds=(1, 2, 3))
+    torch.set_default_dtype(torch.float32)
+    for index, parameter in enumerate(layer.experts.parameters()):
+        with torch.no_grad():
+            parameter.copy_(random_values(parameter.shape, dtype, seed=index))
+    return layer
+
+
+def shares(state, ranks, count=E, *, copies=1, width=D_OUT):
+    """Each rank's state, written down by hand: the naive twin."""
+    result = []
+    for rank in range(ranks):
+        own = dict(state)
+        for key, value in state.items():
+            if "experts." not in key:
+                continue
+            if ranks <= count:
+                e = count // ranks
+                own[key] = torch.stack([value[rank * e + i] for i in range(e)])
+                continue
+            n = ranks // count
+            expert, shard = value[rank // n], rank % n
+            units = [copy * H + shard * (H // n) + unit for copy in range(copies) for unit in range(H // n)]
+            name = key.split("experts.")[1]
+            if name in ("batched_fc1_w", "batched_fc1_bias"):
+                piece = expert[units]
+            elif name == "batched_fc2_bias":
+                size = (width + n - 1) // n
+                padded = torch.cat([expert, expert.new_zeros(n * size - width)])
+                piece = padded[shard * size : (shard + 1) * size]
+            elif name in ("W_fc1", "W_fc2"):
+                piece = expert[:, units]
+            else:
+                piece = expert[units[: H // n]]
+            own[key] = piece[None]
+        result.append(own)
+    return result
+
+
+def assert_same_state(left, right):
+    assert list(left) == list(right)
+    for key, value in left.items():
+        assert value.dtype == right[key].dtype, key
+        assert torch.equal(value, right[key]), key
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(("experts", "copies"), [(FFN, 1), (LLAMA, 1), (GLU, 2)], ids=["ffn", "llama", "glu"])
+def test_there_and_back(experts, copies, ranks):
+    layer = whole_layer(experts)
+    state = layer.state_dict()
+    expected = shares(state, ranks, copies=copies)
+    for rank in range(ranks):
+        assert_same_state(scatter_state(state, ranks, rank), expected[rank])
+    gathered = gather_states(expected)
+    assert_same_state(gathered, state)
+    other = whole_layer(experts)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.load_state_dict(gathered, strict=True)
+    tokens = random_values((7, D), torch.float32)
+    assert torch.equal(other(tokens), layer(tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_every_dtype_keeps_its_bits(dtype, ranks):
+    state = whole_layer(FFN, dtype=dtype).state_dict()
+    state["experts.batched_fc1_w"][0, 0, 0] = float("nan")
+    gathered = gather_states(shares(state, ranks))
+    for key, value in state.items():
+        assert gathered[key].dtype == value.dtype
+        assert torch.equal(
+            gathered[key].view(torch.uint8) if value.dim() else value, value.view(torch.uint8) if value.dim() else value
+        )
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_layers_within_a_model(ranks):
+    """Two layers of different sizes; the rest of the model and what is no tensor go along."""
+    first, second = whole_layer(FFN), whole_layer(LLAMA, count=8)
+    model = nn.ModuleDict({"a": first, "b": nn.Sequential(nn.Linear(D, D), second)})
+    state = model.state_dict()
+    one = shares({key: value for key, value in state.items() if key.startswith("a.")}, ranks)
+    two = shares({key: value for key, value in state.items() if key.startswith("b.")}, ranks, 8)
+    ranks_states = [{**left, **right, "epoch": 3} for left, right in zip(one, two, strict=True)]
+    assert_same_state({k: v for k, v in gather_states(ranks_states).items() if k != "epoch"}, state)
+    assert gather_states(ranks_states)["epoch"] == 3
+    for rank in range(ranks):
+        share = scatter_state({**state, "epoch": 3}, ranks, rank)
+        assert share.pop("epoch") == 3
+        assert_same_state(share, {key: ranks_states[rank][key] for key in share})
+
+
+def test_lists_of_modules():
+    layer = moe.moe_layer({"type": "top"}, D, [nn.Linear(D, D) for _ in range(E)])
+    state = layer.state_dict()
+    ranks = [scatter_state(state, 2, rank) for rank in range(2)]
+    assert torch.equal(ranks[1]["experts.0.weight"], state["experts.2.weight"])
+    assert [key for key in ranks[1] if "weight" in key and "experts" in key] == ["experts.0.weight", "experts.1.weight"]
+    gathered = gather_states(ranks)
+    assert gathered.keys() == state.keys()
+    assert all(torch.equal(gathered[key], state[key]) for key in state)
+    with pytest.raises(CheckpointError, match="a module cannot be shared by 2 ranks"):
+        scatter_state(state, 8, 0)
+
+
+# --- Custom experts -------------------------------------------------------------------------------------------------
+
+
+def custom(**tensors):
+    return {"_num_global_experts": torch.tensor(2), **{f"experts.{name}": value for name, value in tensors.items()}}
+
+
+def test_custom_experts_are_cut_where_the_caller_says():
+    state = custom(w=random_values((2, 3, 4)), scale=torch.tensor(2.0))
+    assert torch.equal(scatter_state(state, 2, 1)["experts.w"], state["experts.w"][1:])
+    with pytest.raises(CheckpointError, match=r"experts\.w: 2 ranks would share an expert.*shard_dims"):
+        scatter_state(state, 4, 0)
+    ranks = [scatter_state(state, 4, rank, shard_dims={"w": 2}) for rank in range(4)]
+    assert torch.equal(ranks[3]["experts.w"], state["experts.w"][1:, :, 2:])
+    assert_same_state(
+        gather_states(ranks, shard_dims={"w": 2}), {k: state[k] for k in gather_states(ranks, shard_dims={"w": 2})}
+    )
+    with pytest.raises(CheckpointError, match=r"experts\.w: 2 ranks share an expert.*shard_dims"):
+        gather_states(ranks)
+    with pytest.raises(CheckpointError, match="dimension 1 of size 3 cannot be cut into 2 equal pieces"):
+        scatter_state(state, 4, 0, shard_dims={"w": 1})
+    with pytest.raises(CheckpointError, match="has no dimension 7"):
+        scatter_state(state, 4, 0, shard_dims={"w": 7})
+    with pytest.raises(ValueError, match=r"shard_dims\['w'\] must be at least 1, got 0"):
+        scatter_state(state, 4, 0, shard_dims={"w": 0})
+
+
+def test_numbers_that_may_be_experts_or_not():
+    state = custom(**{"0.w": torch.ones(2, 3), "1.w": torch.ones(2, 3)})
+    with pytest.raises(CheckpointError, match="a list of modules or tensors of all 2: say which by layout"):
+        scatter_state(state, 2, 0)
+    assert list(scatter_state(state, 2, 0, layout="modules")) == ["_num_global_experts", "experts.0.w"]
+    assert scatter_state(state, 2, 0, layout="batched")["experts.1.w"].shape == (1, 3)
+
+
+# --- Older versions -------------------------------------------------------------------------------------------------
+
+
+def old_ranks(state, ranks, layout):
+    """Each rank's experts by the older names; every rank that shares an expert has a bias of its own."""
+    n = max(ranks // E, 1)
+    result = []
+    for rank, own in enumerate(shares(state, ranks, width=D)):
+        fc1, fc2 = own["experts.batched_fc1_w"], own["experts.batched_fc2_w"]
+        b1, b2 = own["experts.batched_fc1_bias"], own["experts.batched_fc2_bias"]
+        if n > 1:
+            whole = state["experts.batched_fc2_bias"][rank // n : rank // n + 1]
+            b2 = whole * (2 if rank % n == 0 else -1 / (n - 1))
+        fc1 = fc1.transpose(1, 2).contiguous() if layout == "v0.1.4" else fc1
+        old = {"fc1_weight": fc1, "fc2_weight": fc2, "fc1_bias": b1[:, None], "fc2_bias": b2[:, None]}
+        if layout == "v0.1.4" and len(fc1) == 1:
+            old = {name: value[0] for name, value in old.items()}
+        result.append(
+            {"moe.gates.0.wg.weight": own["gates.0.wg.weight"], **{f"moe.experts.0.{k}": v for k, v in old.items()}}
+        )
+    return result
+
+
+@pytest.mark.parametrize("layout", ["v0.1.4", "v0.1.5"])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_older_layouts(layout, ranks):
+    state = whole_layer({**FFN, "output_dim": D}).state_dict()
+    old = old_ranks(state, ranks, layout)
+    with pytest.warns(UserWarning, match=f"the experts of layer 'moe' are in the layout of {layout}"):
+        gathered = gather_states(old, default_num_global_experts=E)
+    explicit = gather_states(old, default_num_global_experts=E, layout=layout)
+    for key, value in state.items():
+        torch.testing.assert_close(gathered[f"moe.{key}"], value)
+        assert torch.equal(gathered[f"moe.{key}"], explicit[f"moe.{key}"])
+    if ranks == 1:  # a whole file is divided as well
+        share = scatter_state(old[0], 2, 1, default_num_global_experts=E, layout=layout)
+        expected = shares(state, 2, width=D)[1]
+        assert all(torch.equal(share[f"moe.{key}"], expected[key]) for key in expected)
+
+
+def test_an_older_layout_is_never_guessed():
+    square = {"experts.0.fc1_weight": torch.ones(2, 6, 6), "experts.0.fc2_weight": torch.ones(2, 6, 6)}
+    with pytest.raises(CheckpointError, match=r"fit both 'v0\.1\.4' and 'v0\.1\.5'; say which by layout"):
+        gather_states([square], default_num_global_experts=2)
+    odd = {**square, "experts.0.fc1_weight": torch.ones(2, 7, 7)}
+    with pytest.raises(CheckpointError, match="fit neither"):
+        scatter_state(odd, 2, 0, default_num_global_experts=2)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 12, 20])
+def test_flat_llama_weights(ranks):
+    state = whole_layer(LLAMA).state_dict()
+    n = max(ranks // E, 1)
+    flat = []
+    for rank in range(ranks):
+        own = dict(state)
+        for key in [key for key in state if "experts." in key]:
+            if n == 1:
+                e = E // ranks
+                own[key] = state[key][rank * e : (rank + 1) * e].reshape(-1)
+            else:
+                values = state[key][rank // n].reshape(-1)
+                size = -(-values.numel() // n)
+                own[key] = torch.cat([values, values.new_zeros(n * size - values.numel())])[rank % n * size :][:size]
+        flat.append(own)
+    assert_same_state(gather_states(flat), state)
+    without_gate = [{key: value for key, value in own.items() if "gates" not in key} for own in flat]
+    assert torch.equal(gather_states(without_gate, model_dim=D)["experts.W_fc3"], state["experts.W_fc3"])
+    if n == 1:  # flat they may stay: a layer that loads them reshapes them
+        assert gather_states(without_gate)["experts.W_fc1"].shape == (E, D * H)
+    else:
+        with pytest.raises(CheckpointError, match="needs model_dim to tell where it ends"):
+            gather_states(without_gate)
+    with pytest.raises(CheckpointError, match="is none of 1 experts with model_dim 1000" if n > 1 else "is none of"):
+        gather_states(flat, model_dim=1000)
+
+
+# --- What is refused ------------------------------------------------------------------------------------------------
+
+
+def ranks_of(count=2):
+    return shares(whole_layer(FFN).state_dict(), count)
+
+
+def test_shared_values_must_be_the_same():
+    ranks = ranks_of()
+    ranks[1]["gates.0.wg.weight"] = ranks[1]["gates.0.wg.weight"] + 1
+    with pytest.raises(CheckpointError, match=r"not the same on all ranks: gates\.0\.wg\.weight \(allow_different"):
+        gather_states(ranks)
+    first = gather_states(ranks, allow_different="first")
+    assert torch.equal(first["gates.0.wg.weight"], ranks[0]["gates.0.wg.weight"])
+    assert "gates.0.wg.weight" not in gather_states(ranks, allow_different="drop")
+    ranks = ranks_of()
+    for own, zero in zip(ranks, (0.0, -0.0), strict=True):
+        own["gates.0.wg.weight"] = torch.tensor([zero, float("nan")])
+    with pytest.raises(CheckpointError, match="not the same"):  # to the bit
+        gather_states(ranks)
+
+
+BROKEN = {
+    "key": (lambda ranks: ranks[1].pop("experts.batched_fc2_w"), r"incomplete: rank 1 lacks experts\.batched_fc2_w$"),
+    "several": (
+        lambda ranks: (ranks[0].pop("experts.batched_fc1_w"), ranks[1].pop("experts.batched_fc2_w")),
+        r"(?s)incomplete:\n  rank 0 lacks experts\.batched_fc1_w\n  rank 1 lacks experts\.batched_fc2_w$",
+    ),
+    "count": (
+        lambda ranks: ranks[1].update(_num_global_experts=torch.tensor(2)),
+        r"rank 1: the layer has 2 experts, but 4 in rank 0",
+    ),
+    "no count": (
+        lambda ranks: ranks[1].update(_num_global_experts=torch.ones(2)),
+        r"rank 1: '_num_global_experts' must be the number of experts, got tensor",
+    ),
+    "zero": (
+        lambda ranks: [own.update(_num_global_experts=torch.tensor(0)) for own in ranks],
+        r"must be the number of experts, got 0",
+    ),
+    "no layer": (
+        lambda ranks: [own.pop("_num_global_experts") for own in ranks],
+        r"no Mixture-of-Experts layer found: .*default_num_global_experts.*namespace",
+    ),
+    "shape": (
+        lambda ranks: ranks[1].update({"experts.batched_fc1_bias": torch.ones(2, 9)}),
+        r"experts\.batched_fc1_bias: rank 1 has torch\.float32 \[2, 9\], but rank 0 torch\.float32 \[2, 8\]",
+    ),
+    "dtype": (
+        lambda ranks: ranks[1].update({"experts.batched_fc1_bias": torch.ones(2, 8).double()}),
+        r"rank 1 has torch\.float64",
+    ),
+    "no tensor": (lambda ranks: ranks[1].update({"experts.batched_fc1_bias": 3}), r"rank 1 has int, but rank 0"),
+    "too many experts": (
+        lambda ranks: [own.update({"experts.batched_fc1_w": torch.ones(4, 8, 6)}) for own in ranks],
+        r"experts\.batched_fc1_w: its shape is \[4, 8, 6\], but a rank holds 2 of 4 experts",
+    ),
+    "rank": (lambda ranks: ranks.append(ranks[0]), r"the layer: 4 experts cannot be divided over 3 ranks"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_sets_that_do_not_fit_together(name):
+    spoil, message = BROKEN[name]
+    ranks = ranks_of()
+    spoil(ranks)
+    with pytest.raises(CheckpointError, match=message):
+        gather_states(ranks)
+
+
+def test_shares_that_do_not_fit_together():
+    ranks = ranks_of(8)
+    for own in ranks:
+        own["experts.batched_fc2_bias"] = torch.ones(1, 2)
+    with pytest.raises(CheckpointError, match="a rank's share of 5 values must be 3, got 2"):
+        gather_states(ranks)
+    for own in ranks:
+        own["experts.batched_fc2_bias"] = torch.ones(1)
+    with pytest.raises(CheckpointError, match=r"batched_fc2_bias: a shape \[1\] cannot be joined along dimension 1"):
+        gather_states(ranks)
+
+
+def test_states_that_cannot_be_divided():
+    state = whole_layer(FFN).state_dict()
+    with pytest.raises(CheckpointError, match="the layer: 4 experts cannot be divided over 3 ranks"):
+        scatter_state(state, 3, 0)
+    with pytest.raises(CheckpointError, match="dimension 1 of size 8 cannot be cut into 3 equal pieces"):
+        scatter_state(state, 12, 0)
+    glu = whole_layer(GLU).state_dict()
+    with pytest.raises(CheckpointError, match="of size 16 cannot be cut into 2 blocks of 16 equal pieces"):
+        scatter_state(glu, 64, 0)
+    state["experts.batched_fc1_w"] = torch.ones(3, 8, 6)
+    with pytest.raises(CheckpointError, match=r"its shape is \[3, 8, 6\], but there are 4 experts"):
+        scatter_state(state, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: gather_states([]), "states must hold the state of at least one rank"),
+        (lambda: gather_states(ranks_of(), layout="v2"), "layout must be None or 'batched', .* got 'v2'"),
+        (lambda: gather_states(ranks_of(), allow_different="all"), "allow_different must be None or 'first' or 'drop'"),
+        (
+            lambda: gather_states(ranks_of(), default_num_global_experts=0),
+            "default_num_global_experts must be at least 1",
+        ),
+        (lambda: scatter_state(ranks_of()[0], 2, 2), r"rank must be below world_size \(2\), got 2"),
+        (lambda: scatter_state(ranks_of()[0], 0, 0), "world_size must be at least 1"),
+        (lambda: scatter_state(ranks_of()[0], 1, -1), "rank must be at least 0"),
+    ],
+)
+def test_arguments_are_checked(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
