@@ -11,9 +11,14 @@ from tutel import moe, net
 RATE = "rate=1e12"
 
 
-def choose(links, tokens_of_ranks):
+def choose(links, compared, tokens_of_ranks):
     rank = net.get_world_rank()
-    os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2", "TUTEL_LINKS": links}
+    os.environ |= {
+        "LOCAL_RANK": str(rank % 2),
+        "LOCAL_WORLD_SIZE": "2",
+        "TUTEL_LINKS": links,
+        "TUTEL_CHECK_RANKS": compared,
+    }
     torch.set_default_dtype(torch.float64)
     layer = moe.moe_layer(
         {"type": "top", "k": 1, "capacity_factor": 0.0},
@@ -31,18 +36,19 @@ def choose(links, tokens_of_ranks):
 
 
 @pytest.mark.parametrize(
-    ("links", "degree"),
+    ("links", "compared", "degree"),
     [
         # An expert's ranks share a node: weights are gathered there, and rows cross once.
-        (f"intra=1e12,inter=1e6,latency=0,{RATE}", 1),
+        (f"intra=1e12,inter=1e6,latency=0,{RATE}", "1", 1),
         # Of equal links, few rows cost less than weights.
-        (f"intra=1e9,inter=1e9,latency=0,{RATE}", 2),
-        # Messages alone count: one gather of each parameter needs fewest.
-        (f"intra=1e12,inter=1e12,latency=1,{RATE}", 0),
+        (f"intra=1e9,inter=1e9,latency=0,{RATE}", "1", 2),
+        # Messages alone count: a gather of each of two parameters has fewest, unless ranks compare what they bring.
+        (f"intra=1e12,inter=1e12,latency=1,{RATE}", "0", 0),
+        (f"intra=1e12,inter=1e12,latency=1,{RATE}", "1", 2),
     ],
 )
-def test_links_decide(links, degree):
-    results = run_ranks(choose, 4, links, (16, 3, 0, 9))
+def test_links_decide(links, compared, degree):
+    results = run_ranks(choose, 4, links, compared, (16, 3, 0, 9))
     assert [chosen for chosen, _, _ in results] == [degree] * 4
     assert max(difference for _, difference, _ in results) < 1e-14
     assert results[0][2] == [0, 1, 2]

@@ -144,11 +144,21 @@ def links_of(options: argparse.Namespace) -> Links:
         ValueError: If one of them is out of range.
     """
     known = env.links()
-    found = {}
-    for option, (name, usual, read, _) in _MACHINE.items():
+
+    def value(option: str) -> float:
+        name, usual, read, _ = _MACHINE[option]
         field = option.removeprefix("--").replace("-", "_")
-        found[field] = getattr(options, field, known[name] if name in known else read(usual))
-    return Links(node_size=options.node_size, **found)
+        found: float = getattr(options, field, known[name] if name in known else read(usual))
+        return found
+
+    return Links(
+        intra=value("--intra"),
+        inter=value("--inter"),
+        latency_intra=value("--latency-intra"),
+        latency_inter=value("--latency-inter"),
+        node_size=options.node_size,
+        rate=value("--rate"),
+    )
 
 
 def _experts(options: argparse.Namespace, world_size: int) -> int:
