@@ -29,7 +29,7 @@ LAYERS = [
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 
 #: Where torch.distributed may be used: (room, function); None stands for all of it.
-MAY_USE_DISTRIBUTED = {("distributed", None)}
+MAY_USE_DISTRIBUTED = {("distributed", None), ("checkpoint", None)}
 
 #: The workspace's crates, and which of them each may depend on.
 CRATES = {
