@@ -19,10 +19,10 @@ PEERS := .venv-peers
 BENCH_OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test lint test-rust test-python matrix test-wheel wheel bench bench-peers bench-profile \
-	bench-distributed soak develop freeze clean test-aarch64 test-asan test-valgrind instructions instructions-accept
+	bench-distributed soak develop freeze clean test-aarch64 test-asan test-valgrind instructions instructions-accept \
+	lane-rust lane-python lint-rust lint-python
 
 # $(call where,condition,what is missing without it,commands): commands that need what only some machines have. They are
 # skipped elsewhere, which is an error in CI.
@@ -42,22 +42,35 @@ setup: $(INSTALLED) ## create .venv, build the wheel and install it there; repea
 demo: setup ## train the helloworld layer on whatever device is there
 	@$(RUN) -m tutel.examples.helloworld --batch_size=2 --num_steps=10
 
-KERNELS := test-aarch64 test-asan test-valgrind instructions
-# The last line printed is pytest's count.
-test: setup lint test-rust $(KERNELS) test-wheel test-python ## run every check, with the wheel as users get it
+# Two lanes side by side, since most checks keep one processor busy, or none while they download. Cargo's own stand in
+# one: they would wait for each other's build folder. What a check prints appears when it ends. Then pytest, on all
+# processors; the last line printed is its count.
+RUST_LANE := lint-rust test-rust test-valgrind test-aarch64 test-asan
+PYTHON_LANE := setup lint-python instructions test-wheel
+test: ## run every check, with the wheel as users get it
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lane-rust lane-python
+	@$(MAKE) --no-print-directory test-python
 
-lint: setup ## check formatting, lints, types, stubs, documentation and licences
+lane-rust lane-python: lane-%:
+	@for check in $(if $(filter rust,$*),$(RUST_LANE),$(PYTHON_LANE)); do \
+		$(MAKE) --no-print-directory $$check || exit 1; done
+
+lint: lint-rust lint-python ## check formatting, lints, types, stubs, documentation and licences
+
+lint-rust:
 	@echo "== rust: fmt, clippy, doc, deny"
 	@cargo fmt --all --check
 	@cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
 	@RUSTDOCFLAGS="-D warnings" cargo doc --quiet --locked --workspace --no-deps --document-private-items
 	@$(call where,cargo deny --version >/dev/null 2>&1,cargo-deny (cargo install --locked cargo-deny),\
 		cargo deny --log-level error check bans licenses sources)
+
+lint-python: setup
 	@echo "== python: ruff, mypy, stubtest"
 	@$(RUN) -m ruff check --quiet .
 	@$(RUN) -m ruff format --quiet --check . || { echo "run '$(RUN) -m ruff format .'" >&2; exit 1; }
 	@$(RUN) -m mypy --no-error-summary
-	@$(RUN) -m mypy.stubtest --concise tutel._core
+	@$(RUN) -m mypy.stubtest --concise --mypy-config-file tests/packaging/stubtest.ini tutel._core
 
 test-rust: ## run the crates' own tests
 	@echo "== cargo test"
@@ -96,13 +109,15 @@ instructions: ## compare the instructions that kernels take with benches/instruc
 instructions-accept: ## accept the present counts of instructions
 	@$(PYTHON) benches/instructions.py --accept
 
+# Workers with one thread each (see tests/conftest.py); tests that must not run at the same time are in one group.
+PYTEST_WORKERS := --numprocesses=logical --maxprocesses=4 --dist=loadgroup
 test-python: setup ## run pytest against the installed wheel
 	@echo "== pytest, with the installed wheel"
 	@$(RUN) tests/packaging/error_paths.py
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest $(PYTEST_WORKERS)
 
 matrix: setup ## every gate x expert x option in every dtype (make test takes a sample)
-	@TUTEL_TEST_MATRIX=full $(RUN) -m pytest tests/matrix
+	@TUTEL_TEST_MATRIX=full $(RUN) -m pytest $(PYTEST_WORKERS) tests/matrix
 
 test-wheel: wheel ## try the wheel in a clean environment with the oldest torch and Python (.venv-*)
 	@$(RUN) tests/packaging/clean_environments.py dist

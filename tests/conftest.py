@@ -1,8 +1,16 @@
 """What all tests share: reproducible examples, and torch's global settings as they were."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Workers of pytest-xdist share the processors: each takes one, and so do programs that it starts, except in tests of
+# threads, which set how many they want.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 # The same examples in every run: a failure in CI is the failure at home.
 settings.register_profile(

@@ -148,7 +148,7 @@ def against_bare(effort: Effort) -> list[Compared]:
             finish(*start(given, swap, "rows"))
 
         def counted(given: Tensor = given, counts: Tensor = counts) -> None:
-            [trip] = direct_trips(counts, {"width": width}, None, Wire())
+            [trip] = direct_trips(counts, None, Wire())
             trip.start(given, "rows").finish()
 
         sent = (sum(sends) - mine) * width * 4
@@ -165,7 +165,7 @@ def overlap(effort: Effort) -> Compared:
 
 
 def switching(shape: Shape, effort: Effort) -> Compared:
-    """Time four steps in one mode, in another, and by turns in both."""
+    """Time two steps in one mode and then two in another, and the same by turns."""
     layer, tokens = shape.layer(), shape.tokens_of_rank()
     low, high = layer.valid_rs[1], layer.valid_rs[-1]
 
@@ -173,10 +173,9 @@ def switching(shape: Shape, effort: Effort) -> Compared:
         runs = [step(layer, tokens, adaptive_r=r) for r in degrees]
         return lambda: [run() for run in runs] and None
 
-    # Eight steps a side: half of each mode in both.
     sides = {
-        "one after the other": steps(low, low, low, low, high, high, high, high),
-        "by turns": steps(low, high, low, high, low, high, low, high),
+        "one after the other": steps(low, low, high, high),
+        "by turns": steps(low, high, low, high),
     }
     return _compare(f"{shape}, r = {low} and {high}", sides, effort)
 

@@ -1,5 +1,6 @@
 """Bare collectives of Gloo, and what the cost model says about them."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,9 @@ def _exchange_seconds(size: int, ranks: int, links: Links) -> float:
 def _gather_seconds(part: int, ranks: int, links: Links) -> float:
     """Return what the model has for an all-gather: of two equal matrices, half of it."""
     sizes = Sizes(0, 1, part, 1, ranks, 1, ranks, 1, biases=False)
-    return cost(sizes, links, 0, training=False).seconds_exchange / 2
+    # Nothing is compared before a bare collective.
+    bare = dataclasses.replace(links, compares=False)
+    return cost(sizes, bare, 0, training=False).seconds_exchange / 2
 
 
 def _size(size: int) -> str:

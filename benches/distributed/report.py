@@ -74,7 +74,7 @@ def _parts(found: Found) -> list[tuple[str, str, str]]:
         ("Overlap", f"A training step, forward and backward: {found.overlap.name}. Times in ms.", _overlap(found)),
         (
             "Switches of modes",
-            "Eight training steps, four in each of two modes: one mode after the other, or by turns. Medians in ms.",
+            "Four training steps, two in each of two modes: one mode after the other, or by turns. Medians in ms.",
             _switching(found),
         ),
         (

@@ -50,6 +50,6 @@ def measure(quick: bool) -> Found:
         sent=layers.sent_bytes(),
         exchange=layers.against_bare(effort),
         overlap=layers.overlap(fewer),
-        switching=[layers.switching(shape, fewer) for shape in layer_shapes[:3]],
+        switching=[layers.switching(shape, fewer) for shape in layer_shapes[1:3]],
         modes=[layers.modes(shape, links, fewer) for shape in layer_shapes],
     )

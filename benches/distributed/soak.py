@@ -11,6 +11,7 @@ import gc
 import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def _forward(layers: list[Any], tokens: Tensor, options: list[dict[str, int]]) -
     for layer, chosen in zip(layers, options, strict=True):
         # A rest beside the layer, as models have it: outputs neither die out nor explode.
         output = layer(tokens, inequivalent_tokens=True, **chosen)
-        losses.append(output.l_aux)
+        losses.append(output.l_aux.detach())
         tokens = tokens + output
     return tokens, losses
 
@@ -199,12 +200,12 @@ def _resident() -> int:
     return pages * 4096
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program: 0 if nothing drifted and memory stayed flat, else 1."""
     parser = argparse.ArgumentParser(prog="python -m benches.distributed.soak", description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=2000, help="training steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of sizes, modes and tokens (default: %(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps must be at least 1, got {options.steps}")
     try:

@@ -236,6 +236,74 @@ def numa_type() -> int:
     return _integer(("NUMA_TYPE",), 1)
 
 
+@dataclass(frozen=True)
+class LauncherTask:
+    """Where :mod:`tutel.launcher.run` was started: as one task of mpiexec or srun, or by hand.
+
+    Attributes:
+        rank: Number of this task, from 0, as in :class:`Launch`.
+        count: Number of tasks; 0 where it was started by hand.
+        here: Tasks of this host.
+        local_size: ``LOCAL_SIZE``: processes that are asked for on each host; 0 where it is not set.
+        master_addr: ``MASTER_ADDR``, or what is known of the first host, or "".
+        master_port: ``MASTER_PORT``: where the processes meet there (default 23232).
+    """
+
+    rank: int
+    count: int
+    here: int
+    local_size: int
+    master_addr: str
+    master_port: int
+
+
+def launcher_task() -> LauncherTask:
+    """Read what :mod:`tutel.launcher.run` needs to know; torch's own variables, which it sets for others, do not count.
+
+    Raises:
+        ValueError: If a variable is no integer or out of range.
+    """
+    sizes = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    slurm = not any(os.environ.get(name) for name in sizes) and _in_slurm_step()
+    count = _integer(("SLURM_NTASKS",) if slurm else sizes, 0)
+    rank = _integer(("SLURM_PROCID",) if slurm else ("OMPI_COMM_WORLD_RANK", "PMI_RANK"), 0)
+    if not 0 <= rank < max(count, 1):
+        raise ValueError(f"the environment says task {rank} of {count}: it must be at least 0 and below their number")
+    local_sizes = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+    here = _slurm_local_size(count) if slurm else _integer(local_sizes, min(count, 1))
+    local_size = _integer(("LOCAL_SIZE",), 0)
+    if local_size < 1 and os.environ.get("LOCAL_SIZE"):
+        raise ValueError(f"environment variable LOCAL_SIZE must be at least 1, got {local_size}")
+    known = "localhost" if here == count else _first_host(os.environ.get("SLURM_STEP_NODELIST", "")) if slurm else ""
+    port = _integer(("MASTER_PORT",), 23232)
+    if not 0 < port < 65536:
+        raise ValueError(f"environment variable MASTER_PORT must be from 1 to 65535, got {port}")
+    return LauncherTask(rank, count, here, local_size, os.environ.get("MASTER_ADDR") or known, port)
+
+
+def show_one_cuda_device(local_rank: int) -> None:
+    """Set ``CUDA_VISIBLE_DEVICES`` to the device of a local rank, which of those that it names where it is set.
+
+    Raises:
+        ValueError: If it names fewer.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = visible.split(",") if visible else []
+    if devices and local_rank >= len(devices):
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible} has no device for local rank {local_rank}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices[local_rank] if devices else str(local_rank)
+
+
+def default_omp_num_threads(threads: int) -> None:
+    """Set ``OMP_NUM_THREADS``, the threads of a process that is started from here, unless it is set."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
+
+def default_gloo_interface(name: str) -> None:
+    """Set ``GLOO_SOCKET_IFNAME``, the network interface on which Gloo listens, unless it is set."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def links() -> dict[str, float]:
     """``TUTEL_LINKS``: what is known of links and need not be measured: ``intra=50e9,inter=10e9,latency=5e-6``.
 

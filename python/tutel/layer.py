@@ -285,7 +285,10 @@ class MOELayer(nn.Module):
 
     def _compute(self, tokens: Tensor, plan: RoutePlan, megablocks_size: int) -> Tensor:
         """Dispatch tokens, compute experts and combine."""
-        dispatcher = self._dispatchers.choose(self.adaptive_degree, self.a2a_ffn_overlap_degree)
+        way = self.adaptive_degree, self.a2a_ffn_overlap_degree
+        if self.world_size > 1:
+            self._dispatchers.agree(tokens, plan, self.experts, *way)
+        dispatcher = self._dispatchers.choose(*way)
         return dispatcher.run(tokens, plan, self._work(megablocks_size))
 
     def _dense(self, tokens: Tensor, megablocks_size: int) -> Tensor:

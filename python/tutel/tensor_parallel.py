@@ -7,9 +7,10 @@ and the sums over the ranks go back to where the tokens came from.
 import torch
 from torch import Tensor
 
+from tutel.distributed.agreement import agree_on
 from tutel.distributed.gathering import gather_tokens, scatter_sums
 from tutel.distributed.groups import Group, world_size
-from tutel.distributed.handshake import gather_count
+from tutel.distributed.handshake import GroupSync
 from tutel.experts import ExpertWork, PaddedRows, Rows
 
 
@@ -17,8 +18,8 @@ def compute_dense(tokens: Tensor, work: ExpertWork, group: Group) -> Tensor:
     """Compute tokens [T, D] by the only expert: [T, D_out]."""
     if world_size(group) == 1:
         return _compute(tokens, work)
-    settings = {"model_dim": tokens.shape[1], "the size of the input's dtype in bits": torch.finfo(tokens.dtype).bits}
-    most = max(gather_count(tokens.shape[0], settings, group, tokens.device))
+    agree_on("forward of a layer", {"gate": "megatron", "dtype": tokens.dtype, "model_dim": tokens.shape[1]}, group)
+    most = GroupSync(group, tokens.device).max(tokens.shape[0])
     return scatter_sums(_compute(gather_tokens(tokens, most, group), work), tokens.shape[0], group)
 
 

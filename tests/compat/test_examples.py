@@ -1,7 +1,8 @@
-"""Each example but helloworld: the lines it prints, its options, what training does to the loss.
+"""Each example but helloworld, in one process: the lines it prints, its options, what training does to the loss.
 
-helloworld, whose arguments and lines they share, has its own tests. Each is started as a program once as a module and
-once as a file; what its options do is tested by calling its ``main``, which takes no seconds to start.
+helloworld, whose arguments and lines they share, has its own tests, and so have several ranks (tests/distributed).
+Some are started as programs, as a module and as a file; what options do is tested by calling ``main``, which takes no
+seconds to start.
 """
 
 import importlib
@@ -18,14 +19,20 @@ from pytest import fixture, mark, raises
 from tutel import system
 
 FOLDER = Path(__file__).parents[2] / "tutel" / "examples"
-EXAMPLES = ["helloworld_amp", "helloworld_switch", "helloworld_from_scratch", "helloworld_custom_gate_expert"]
-WITH_LAYER = [name for name in EXAMPLES if name != "helloworld_from_scratch"]
+FOR_ONE = ["helloworld_amp", "helloworld_switch", "helloworld_from_scratch", "helloworld_custom_gate_expert"]
+#: On one rank the same as helloworld.
+LIKE_HELLOWORLD = ["helloworld_ddp", "helloworld_ddp_tutel", "helloworld_data_model"]
+FOR_SEVERAL = [*LIKE_HELLOWORLD, "helloworld_custom_expert_sharded", "helloworld_megatron"]
+EXAMPLES = FOR_ONE + FOR_SEVERAL
+WITH_LAYER = [name for name in EXAMPLES if name not in ("helloworld_from_scratch", "helloworld_megatron")]
 TINY = {"batch_size": 2, "num_tokens": 16, "model_dim": 8, "hidden_size": 12, "num_steps": 3, "device": "cpu"}
 STEP = re.compile(r"STEP-(\d+): DONE, loss = (\S+), step_time = (\S+) sec, perf = \S+ tflops\.(.*)")
 
 
 def words(*arguments, **options):
-    return [*(f"--{name}={value}" for name, value in {**TINY, **options}.items()), *arguments]
+    # The number of experts is the same for all, whatever an example takes by default.
+    options = {"num_local_experts": 2, **TINY, **options}
+    return [*(f"--{name}={value}" for name, value in options.items()), *arguments]
 
 
 def start(program, *arguments, cwd=None):
@@ -69,18 +76,53 @@ def losses(printed):
     return [loss for loss, _ in steps(printed)]
 
 
+@mark.parametrize("name", FOR_ONE)
+def test_as_a_module(name, run):
+    done = start(["-m", f"tutel.examples.{name}"])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert losses(done.stdout) == losses(run(name))
+
+
 @mark.parametrize("name", EXAMPLES)
-def test_as_a_module_and_as_a_file(name, tmp_path):
-    by_name, by_file = start(["-m", f"tutel.examples.{name}"]), start([str(FOLDER / f"{name}.py")], cwd=tmp_path)
-    for done in (by_name, by_file):
-        assert (done.returncode, done.stderr) == (0, "")
-    found = losses(by_name.stdout)
+def test_as_a_file(name, run, tmp_path):
+    done = start([str(FOLDER / f"{name}.py")], cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = losses(done.stdout)
     assert len(found) == TINY["num_steps"]
     assert found[0] > found[1] > found[2]
-    assert losses(by_file.stdout) == found
+    assert losses(run(name)) == found
 
 
-@mark.parametrize("name", EXAMPLES)
+@mark.parametrize("name", LIKE_HELLOWORLD)
+def test_one_rank_of_several_is_helloworld(name, run):
+    assert losses(run(name, l_aux_wt=0.5)) == losses(run("helloworld", l_aux_wt=0.5))
+
+
+def test_megatron_is_a_plain_network(run):
+    torch.manual_seed(1)
+    network = torch.nn.Sequential(torch.nn.Linear(8, 24), torch.nn.ReLU(), torch.nn.Linear(24, 8))
+    torch.manual_seed(0)
+    output = network(torch.randn(2, 16, 8))
+    expected = torch.nn.functional.nll_loss(torch.log_softmax(output.sum(2), 1), torch.zeros(2, dtype=torch.int64))
+    assert abs(first_loss(run, "helloworld_megatron") - expected.item()) < 1e-5
+
+
+@mark.parametrize("name", ["bandwidth_test", "nccl_all_to_all_v", "nccl_all_gather_v"])
+def test_collectives(name, capsys):
+    arguments = ["--elements=5000", "--num_loops=2", "--device=cpu", "--local-rank=0"]
+    importlib.import_module(f"tutel.examples.{name}").main(arguments)
+    printed = capsys.readouterr().out.splitlines()
+    if name == "bandwidth_test":
+        assert printed[0].startswith("[Benchmark] world_size = 1, ")
+        rows = [re.split(r"  +", line) for line in printed[2:]]
+        assert [row[:2] for row in rows[:3]] == [["all_to_all", size] for size in ("4 KiB", "8 KiB", "16 KiB")]
+        assert {row[0] for row in rows} == {"all_to_all", "all_gather", "reduce_scatter", "all_reduce", "broadcast"}
+        assert {row[-1] for row in rows} == {"0.000 GB/s"}, "one rank sends nothing"
+    else:
+        assert printed[-1].startswith("[Summary] all elements are right")
+
+
+@mark.parametrize("name", FOR_ONE)
 def test_a_program_that_fails_exits_with_its_traceback(name):
     done = start(["-m", f"tutel.examples.{name}"], "--checkpoint_path=/dev/null/{rank}")
     assert done.returncode == 1
@@ -128,7 +170,9 @@ def first_loss(run, name, *arguments, **options):
 @mark.parametrize("options", CHANGES, ids=str)
 @mark.parametrize("name", EXAMPLES)
 def test_options_that_change_the_loss(name, options, run):
-    assert first_loss(run, name, **options) != first_loss(run, name)
+    changed = first_loss(run, name, **options) != first_loss(run, name)
+    of_routing = not options.keys().isdisjoint({"top", "l_aux_wt", "capacity_factor"})
+    assert changed != (name == "helloworld_megatron" and of_routing)
 
 
 @mark.parametrize("name", EXAMPLES)

@@ -26,6 +26,13 @@ import torch
 FOREIGN = ("OMPI_", "PMI_", "MPI_LOCAL", "SLURM_", "TORCHELASTIC_", "LOCAL_SIZE", "TUTEL_")
 
 
+#: What each process would otherwise import for itself; the optimizers' first step imports torch's compiler.
+PRELOADED = [
+    *("pytest", "torch", "torch.distributed", "torch._dynamo", "torch.distributed.optim", "torch.distributed.tensor"),
+    *("torch.distributed.fsdp", "tutel.moe", "tutel.net", "tutel.system", "tutel.distributed"),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class Ended:
     """How a rank ended.
@@ -113,7 +120,7 @@ def free_port() -> int:
 
 def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "tutel.moe", "tutel.net", "tutel.system", "pytest"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 

@@ -9,6 +9,7 @@ import torch
 from layer_twin import HIDDEN, MODEL_DIM, Case, check, make_pair
 from ranks import run_ranks
 from torch import Tensor, nn
+from tutel.distributed.failure import RankError
 
 from tutel import net
 
@@ -160,33 +161,37 @@ def switch_modes(steps: int) -> tuple[list[float], list[float]]:
 
 
 def test_switching_modes_keeps_the_loss_curve() -> None:
-    for steady, switching in run_ranks(switch_modes, 4, 12):
+    for steady, switching in run_ranks(switch_modes, 4, 8):
         assert steady[-1] < 0.9 * steady[0]
         assert switching == pytest.approx(steady, rel=1e-12)
 
 
-def differ(options: list[dict[str, Any]], forward: list[dict[str, Any]], dtypes: list[torch.dtype]) -> str:
+def differ(options: list[dict[str, Any]], calls: list[dict[str, Any]], dtypes: list[torch.dtype], shards: int) -> str:
     rank = net.get_world_rank()
-    layer, _ = make_pair(
-        Case(-2 if "adaptive_r" in forward[0] else 2, layer=options[rank], dtype=dtypes[rank], gate={"k": 1})
-    )
+    layer, _ = make_pair(Case(-shards or 2, layer=options[rank], dtype=dtypes[rank], gate={"k": 1}))
     try:
-        layer(torch.randn(3, MODEL_DIM, dtype=dtypes[rank]), **forward[rank])
-    except ValueError as error:
+        layer(torch.randn(3, MODEL_DIM, dtype=dtypes[rank]), **calls[rank])
+    except RankError as error:
         return str(error)
     return "no error"
 
 
+FLOAT64, SAME = torch.float64, {}
+
+
 @pytest.mark.parametrize(
-    ("options", "forward", "dtypes", "named"),
+    ("options", "calls", "dtypes", "shards", "named"),
     [
-        ([{}, {}], [{"adaptive_r": 1}, {"adaptive_r": 2}], [torch.float64] * 2, "adaptive_r is"),
-        ([{"a2a_ffn_overlap_degree": 1}] * 2, [{}, {}], [torch.float64, torch.float32], "dtype"),
+        ([SAME, SAME], [{"adaptive_r": 1}, {"adaptive_r": 2}], [FLOAT64, FLOAT64], 2, "adaptive_r is 1 on rank 0, 2"),
+        ([SAME, SAME], [SAME, SAME], [FLOAT64, torch.float32], 0, "dtype is torch.float64 on rank 0, torch.float32"),
+        ([SAME, {"exchange": "gather"}], [SAME, SAME], [FLOAT64, FLOAT64], 0, "exchange is ragged on rank 0, gather"),
+        ([SAME, SAME], [SAME, {"a2a_ffn_overlap_degree": 2}], [FLOAT64, FLOAT64], 0, "a2a_ffn_overlap_degree is 1"),
+        ([SAME, SAME], [SAME, {"inequivalent_tokens": True}], [FLOAT64, FLOAT64], 0, "another collective"),
     ],
 )
-def test_ranks_that_differ_are_told(options: Any, forward: Any, dtypes: Any, named: str) -> None:
-    for message in run_ranks(differ, 2, options, forward, dtypes):
-        assert "must call it alike" in message
+def test_ranks_that_differ_are_told(options: Any, calls: Any, dtypes: Any, shards: int, named: str) -> None:
+    for message in run_ranks(differ, 2, options, calls, dtypes, shards):
+        assert "the ranks differ" in message
         assert named in message
 
 
@@ -223,3 +228,22 @@ def test_the_readme_loop_gives_the_losses_of_one_process() -> None:
         assert losses[:4] == pytest.approx(losses[4:], rel=1e-12)
         assert losses[3] < losses[0]
     assert HIDDEN % 4 == 0  # so that four ranks can share an expert
+
+
+def automatic(tokens: int) -> int:
+    case = Case(-2, layer={"parallel_type": "auto"}, tokens=(tokens, 3 * tokens), gate={"k": 1, "capacity_factor": 0.0})
+    check(case)
+    layer, _ = make_pair(case)
+    layer(torch.randn(tokens, MODEL_DIM, dtype=torch.float64))
+    return layer.adaptive_degree
+
+
+def test_auto_weighs_tokens_against_weights_and_links() -> None:
+    slow = {"TUTEL_LINKS": "intra=1e6,inter=1e6,latency=1e-9,rate=1e12"}
+    late = {"TUTEL_LINKS": "intra=1e12,inter=1e12,latency=1,rate=1e12"}
+    few, many = run_ranks(automatic, 2, 2, env=slow), run_ranks(automatic, 2, 500, env=slow)
+    assert few == [2, 2]  # rows are fewer bytes than weights
+    assert many == [0, 0]  # weights are
+    # Where each message costs a second, bytes do not count: gathering weights takes the fewest messages.
+    assert run_ranks(automatic, 2, 2, env=late) == [0, 0]
+    assert len(set(run_ranks(automatic, 2, 20))) == 1  # measured links are agreed on

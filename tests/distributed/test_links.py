@@ -52,7 +52,8 @@ def test_ranks_measure_the_same(local_size):
 
 def test_what_ranks_were_told_counts():
     results = run_ranks(measure_in_nodes, 4, 2, [TOLD] * 4)
-    told = {"intra": 8e9, "inter": 2e9, "latency_intra": 1e-5, "latency_inter": 1e-5, "rate": 1e12, "node_size": 2}
+    told = {"intra": 8e9, "inter": 2e9, "latency_intra": 1e-5, "latency_inter": 1e-5, "rate": 1e12}
+    told |= {"node_size": 2, "compares": True}
     assert [result[0] for result in results] == [told] * 4
 
 

@@ -8,7 +8,7 @@ from layer_twin import MODEL_DIM, Case, make_pair
 from ranks import run_ranks
 from tutel.distributed import exchange
 from tutel.experts import ExpertWork
-from tutel.functional import expert_ffn as fused
+from tutel.functional.expert_ffn import _ExpertFFN
 
 CHUNKS = 3
 
@@ -33,7 +33,7 @@ def trace() -> list[str]:
             events.append("compute")
             return super().compute(rows)
 
-    backward = fused._ExpertFFN.backward
+    backward = _ExpertFFN.backward
 
     def logged_backward(*args: Any) -> Any:
         events.append("compute")
@@ -42,7 +42,7 @@ def trace() -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "_Pending", Logged)
         patch.setattr("tutel.layer.ExpertWork", Forward)
-        patch.setattr(fused._ExpertFFN, "backward", staticmethod(logged_backward))
+        patch.setattr(_ExpertFFN, "backward", staticmethod(logged_backward))
         output = layer(torch.randn(30, MODEL_DIM, dtype=torch.float64, requires_grad=True))
         events.append("backward")
         output.sum().backward()

@@ -15,7 +15,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = "2.10"
+REQUIREMENTS = [f"torch=={OLDEST_TORCH}.*", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy>=1.26"]
 TESTS = ["tests/unit", "tests/parity"]
+WORKERS = ["--numprocesses=logical", "--maxprocesses=4", "--dist=loadgroup"]
 
 
 def oldest_python() -> str | None:
@@ -44,22 +46,21 @@ def call(python: Path, *arguments: str | Path) -> None:
 def try_wheel(wheel: Path, interpreter: str, python_name: str) -> None:
     """Install the wheel in one environment and run its tests there."""
     folder = REPOSITORY / f".venv-{python_name}-torch{OLDEST_TORCH}"
-    requirement = f"torch=={OLDEST_TORCH}.*"
     print(f"== {wheel.name} in {folder.name}", flush=True)
     python = folder / "bin" / "python"
     ready = folder / ".ready"  # written last: an installation that was cut off is made anew
-    if not ready.exists():
+    if not ready.exists() or ready.read_text() != "\n".join(REQUIREMENTS):
         call(Path(interpreter), "-m", "venv", "--clear", folder)
         call(python, "-m", "pip", "install", "--quiet", "--upgrade", "pip")
-        call(python, "-m", "pip", "install", "--quiet", requirement, "pytest>=8", "hypothesis>=6.100", "numpy>=1.26")
-        ready.touch()
+        call(python, "-m", "pip", "install", "--quiet", *REQUIREMENTS)
+        ready.write_text("\n".join(REQUIREMENTS))
     # First as a user would, so that dependencies are fetched; then again, since the version stays between builds.
     call(python, "-m", "pip", "install", "--quiet", wheel)
     call(python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", wheel)
     call(python, "tests/packaging/error_paths.py")
     started = time.monotonic()
     # What takes long or much memory says the same in every environment: once, in the developer's, is enough.
-    call(python, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", "-m", "not slow", *TESTS)
+    call(python, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *WORKERS, "-m", "not slow", *TESTS)
     print(f"== {folder.name} passed ({time.monotonic() - started:.0f} s of tests)", flush=True)
 
 

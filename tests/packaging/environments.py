@@ -69,4 +69,7 @@ def make_environment(folder: Path, *, with_user_site: bool) -> Environment:
     variables["PIP_ROOT_USER_ACTION"] = "ignore"
     # Crates from other registries are compiled once for all tests, apart from the builds of developers.
     variables["CARGO_TARGET_DIR"] = str(REPOSITORY / "target" / "packaging")
+    # Each clone's own crates are compiled anew: without what makes kernels fast, of which these tests see nothing.
+    variables |= {"CARGO_PROFILE_RELEASE_OPT_LEVEL": "0", "CARGO_PROFILE_RELEASE_LTO": "off"}
+    variables["CARGO_PROFILE_RELEASE_CODEGEN_UNITS"] = "16"
     return Environment(venv, variables)

@@ -29,7 +29,12 @@ LAYERS = [
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
 
 #: Where torch.distributed may be used: (room, function); None stands for all of it.
-MAY_USE_DISTRIBUTED = {("distributed", None), ("checkpoint", None)}
+MAY_USE_DISTRIBUTED = {
+    ("distributed", None),
+    ("checkpoint", None),  # it makes states for torch.distributed.checkpoint
+    ("launcher", None),  # it starts torch's own launcher
+    ("examples", "data_parallel"),  # DistributedDataParallel wants a group for one process too
+}
 
 #: The workspace's crates, and which of them each may depend on.
 CRATES = {

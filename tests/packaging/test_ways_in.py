@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from environments import Environment, run
 
-pytestmark = pytest.mark.slow
+# They build in one folder, where cargo lets one build go on at a time.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("builds")]
 
 TINY = ["--batch_size=1", "--num_tokens=8", "--model_dim=8", "--hidden_size=8", "--num_steps=2", "--device=cpu"]
 

@@ -71,6 +71,15 @@ def test_scale_reaches_4096_ranks(capsys):
     # Of one expert over four ranks, those come that have two experts to choose from.
     shared = as_json(capsys, "--scale", "--shards=4")
     assert [each["sizes"]["world_size"] for each in shared["plans"]] == [2**power for power in range(3, 13)]
+    thirds = as_json(capsys, "--scale", "--shards=3", "--top=1")
+    assert [each["sizes"]["world_size"] for each in thirds["plans"]] == [3 * 2**power for power in range(11)]
+
+
+def test_ranks_that_do_not_fill_nodes_are_mentioned(capsys):
+    line = "Of ranks that do not fill nodes of 8, each counts as a node of its own."
+    assert line in plan(capsys, "--world-size=12").out
+    assert line not in plan(capsys, "--world-size=6").out
+    assert line in plan(capsys, "--scale", "--shards=3", "--top=1").out
 
 
 def test_inference_is_the_forward_only(capsys):
@@ -89,6 +98,8 @@ def test_tables_name_every_mode_and_the_choice(capsys):
     assert "Fastest of all: r = " in text
     assert "node, then across" in text
     assert "Assumed:" in text
+    [chosen] = [line for line in text.splitlines() if "│ auto" in line or "auto │" in line]
+    assert chosen.split("│")[1].strip() == str(auto)
 
 
 def test_curve_has_a_row_for_each_number_of_ranks(capsys):
@@ -128,7 +139,8 @@ def test_plot_without_matplotlib(capsys, monkeypatch):
         (["--tokens=-1"], "tokens must be at least 0, got -1"),
         (["--inter=0"], "inter must be above 0, got 0.0"),
         (["--node-size=0"], "node_size must be at least 1, got 0"),
-        (["--scale", "--shards=8192", "--world-size=16384"], "top must be at most the number of experts"),
+        (["--scale", "--shards=8192"], "--scale ends at 4096 ranks, which have fewer experts than top=2"),
+        ([f"--tokens={10**400}"], "int too large to convert to float"),
     ],
 )
 def test_sizes_that_do_not_fit(capsys, options, text):

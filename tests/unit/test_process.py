@@ -1,9 +1,11 @@
 """How operators live with the rest of a process: Python's lock, threads, forked children, several callers at once."""
 
+import os
 import subprocess
 import sys
 import threading
 
+import pytest
 import torch
 from reference import make_layer, random_values
 from tutel.functional import grouped_gemm
@@ -26,9 +28,19 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
+@pytest.fixture(autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+
+
 def run_python(source):
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", source], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-W", "ignore", "-c", source],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 

@@ -114,7 +114,13 @@ def _add_layer(group: argparse._ArgumentGroup) -> None:
 
 def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--world-size", type=int, default=16, metavar="W", help="number of ranks (default: %(default)s)")
+    add(
+        "--world-size",
+        type=int,
+        default=16,
+        metavar="W",
+        help="number of ranks, where there is no --scale (default: %(default)s)",
+    )
     add("--node-size", type=int, default=8, metavar="M", help="ranks of a node (default: %(default)s)")
     for option, (name, usual, read, meaning) in _MACHINE.items():
         help_text = f"{meaning} (default: {name} of TUTEL_LINKS, or {usual})"
@@ -138,11 +144,21 @@ def links_of(options: argparse.Namespace) -> Links:
         ValueError: If one of them is out of range.
     """
     known = env.links()
-    found = {}
-    for option, (name, usual, read, _) in _MACHINE.items():
+
+    def value(option: str) -> float:
+        name, usual, read, _ = _MACHINE[option]
         field = option.removeprefix("--").replace("-", "_")
-        found[field] = getattr(options, field, known[name] if name in known else read(usual))
-    return Links(node_size=options.node_size, **found)
+        found: float = getattr(options, field, known[name] if name in known else read(usual))
+        return found
+
+    return Links(
+        intra=value("--intra"),
+        inter=value("--inter"),
+        latency_intra=value("--latency-intra"),
+        latency_inter=value("--latency-inter"),
+        node_size=options.node_size,
+        rate=value("--rate"),
+    )
 
 
 def _experts(options: argparse.Namespace, world_size: int) -> int:
@@ -186,7 +202,7 @@ def _curve(options: argparse.Namespace, links: Links) -> list[Plan]:
             plans.append(make_plan(sizes_of(options, ranks), links, training=not options.inference))
         ranks *= 2
     if not plans:
-        raise ValueError(f"top must be at most the number of experts, of which {LARGEST_WORLD} ranks have fewer")
+        raise ValueError(f"--scale ends at {LARGEST_WORLD} ranks, which have fewer experts than top={options.top}")
     return plans
 
 
@@ -195,9 +211,11 @@ def run(options: argparse.Namespace) -> int:
     training = not options.inference
     try:
         links = links_of(options)
-        one = make_plan(sizes_of(options, options.world_size), links, training=training)
-        plans = _curve(options, links) if options.scale else [one]
-    except (TypeError, ValueError) as error:
+        if options.scale:
+            plans = _curve(options, links)
+        else:
+            plans = [make_plan(sizes_of(options, options.world_size), links, training=training)]
+    except (OverflowError, TypeError, ValueError) as error:
         print(f"tutel plan: error: {error}", file=sys.stderr)
         return 2
     # Only now: `tutel --help` needs no tables.
@@ -208,7 +226,7 @@ def run(options: argparse.Namespace) -> int:
     elif options.scale:
         plan_report.show_curve(plans, links, training=training)
     else:
-        plan_report.show_plan(one, links, training=training)
+        plan_report.show_plan(plans[0], links, training=training)
     if options.plot is None:
         return 0
     try:

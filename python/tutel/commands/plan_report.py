@@ -19,7 +19,7 @@ def show_plan(plan: Plan, links: Links, *, training: bool) -> None:
     console.print(_ways(plan))
     console.print(f"parallel_type='auto' chooses r = {plan.auto}: {_reason(plan)}")
     console.print(f"Fastest of all: {_name(plan.fastest)}, {show_seconds(plan.fastest.cost.seconds_total)}.")
-    _show_assumptions(console, ASSUMPTIONS)
+    _show_assumptions(console, ASSUMPTIONS, [plan], links)
 
 
 def show_curve(plans: list[Plan], links: Links, *, training: bool) -> None:
@@ -46,7 +46,7 @@ def show_curve(plans: list[Plan], links: Links, *, training: bool) -> None:
         )
     console.print(table)
     console.print(f"Efficiency: time of {plans[0].sizes.world_size} / time of W ranks, each with the same work.")
-    _show_assumptions(console, (WEAK_SCALING, *ASSUMPTIONS))
+    _show_assumptions(console, (WEAK_SCALING, *ASSUMPTIONS), plans, links)
 
 
 def draw(plans: list[Plan], path: Path, *, scale: bool) -> None:
@@ -109,14 +109,17 @@ def _show_setting(console: Console, sizes: Sizes, links: Links, *, training: boo
     )
 
 
-def _show_assumptions(console: Console, lines: tuple[str, ...]) -> None:
+def _show_assumptions(console: Console, lines: tuple[str, ...], plans: list[Plan], links: Links) -> None:
     console.print("Assumed:")
     for line in lines:
         console.print(f"- {line}")
+    ranks = [plan.sizes.world_size for plan in plans]
+    if any(count > links.node_size and count % links.node_size for count in ranks):
+        console.print(f"- Of ranks that do not fill nodes of {links.node_size}, each counts as a node of its own.")
 
 
 def _modes(plan: Plan) -> Table:
-    table = _table("r", "rows sent", "weights sent", "messages", "exchange", "compute", "total", "memory")
+    table = _table("r", "rows sent", "weights sent", "messages", "exchange", "compute", "total", "memory", "chosen")
     table.title = "Modes, exchanged directly, without overlap (a rank's share)"
     for way in plan.ways:
         if way.overlap_degree == 1 and not way.hierarchical:
@@ -130,6 +133,7 @@ def _modes(plan: Plan) -> Table:
                 show_seconds(mode.seconds_compute),
                 show_seconds(mode.seconds_total),
                 show_bytes(mode.memory),
+                "auto" if mode.degree == plan.auto else "",
                 style="bold" if mode.degree == plan.auto else None,
             )
     return table

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tutel.config import ExchangeConfig
 from tutel.dispatcher.exchange import ExchangeOptions, FixedDispatcher, RaggedDispatcher
 from tutel.dispatcher.gather import GatherDispatcher
 from tutel.dispatcher.local import LocalDispatcher
+from tutel.distributed.agreement import agree_on
 from tutel.distributed.groups import Group, node_size, world_size
 from tutel.distributed.wire import Wire
 from tutel.experts import ExpertWork
@@ -53,6 +55,33 @@ class Dispatchers:
         if key not in self._made:
             self._made[key] = self._make(degree, chunks)
         return self._made[key]
+
+    def agree(self, tokens: Tensor, plan: RoutePlan, experts: nn.Module, degree: int, chunks: int) -> None:
+        """See to it that all ranks call the layer alike, where ranks compare what they do (on the CPU).
+
+        Raises:
+            RankError: On every rank, if one differs.
+        """
+        exchange, grads = self.exchange, torch.is_grad_enabled()
+        inputs = tokens.requires_grad or (self.weigh_inputs and plan.topk_weights.requires_grad)
+        outputs = inputs or plan.topk_weights.requires_grad or any(p.requires_grad for p in experts.parameters())
+        settings: dict[str, object] = {
+            "exchange": exchange.kind,
+            "use_2dh": exchange.hierarchical,
+            "wire_dtype": exchange.wire_dtype,
+            "adaptive_r": degree,
+            "a2a_ffn_overlap_degree": chunks,
+            "the number of experts": plan.num_experts,
+            "model_dim": tokens.shape[1],
+            "the input's dtype": tokens.dtype,
+            "whether the input needs a gradient": grads and inputs,
+            "whether the output needs a gradient": grads and outputs,
+        }
+        if exchange.kind == "fixed":
+            settings["the capacity"] = plan.capacity
+        if exchange.kind == "gather":
+            settings["top_k"] = plan.topk_ids.shape[1]
+        agree_on("forward of a layer", settings, self.group)
 
     def _make(self, degree: int, chunks: int) -> Dispatcher:
         ranks = world_size(self.group)

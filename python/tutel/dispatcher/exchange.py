@@ -18,7 +18,7 @@ from torch import Tensor
 from tutel import env
 from tutel.dispatcher.send import SendPlan, plan_padded, plan_rows, send_plan, split_slots, split_tokens
 from tutel.distributed.groups import Group, world_size
-from tutel.distributed.handshake import GroupSync, agree
+from tutel.distributed.handshake import GroupSync
 from tutel.distributed.trip import (
     Journey,
     Trip,
@@ -78,23 +78,6 @@ class ExchangeDispatcher(ABC):
     def run(self, tokens: Tensor, plan: RoutePlan, work: ExpertWork) -> Tensor:
         """Compute tokens [T, D] by the experts of all ranks: [T, D_out]."""
 
-    def _settings(self, tokens: Tensor, plan: RoutePlan, work: ExpertWork) -> dict[str, int]:
-        """Return what has to be the same on all ranks."""
-        options, experts_need = self.options, work.needs_grad()
-        moves_weights = options.weigh_inputs and plan.topk_weights.requires_grad
-        rows_need = torch.is_grad_enabled() and (tokens.requires_grad or moves_weights)
-        return {
-            "adaptive_r": options.degree,
-            "a2a_ffn_overlap_degree": options.chunks,
-            "use_2dh": int(options.node_size is not None),
-            "model_dim": tokens.shape[1],
-            "the number of experts": plan.num_experts,
-            "the size of the input's dtype in bits": torch.finfo(tokens.dtype).bits,
-            "whether the dtype is bfloat16": int(tokens.dtype == torch.bfloat16),
-            "whether the input needs a gradient": int(rows_need),
-            "whether the output needs a gradient": int(rows_need or experts_need),
-        }
-
     def _exchange(
         self,
         tokens: Sequence[Tensor],
@@ -134,30 +117,22 @@ class RaggedDispatcher(ExchangeDispatcher):
 
     def run(self, tokens: Tensor, plan: RoutePlan, work: ExpertWork) -> Tensor:
         """Compute tokens [T, D] by the experts of all ranks: [T, D_out]."""
-        settings = self._settings(tokens, plan, work)
         chunks = split_tokens(plan, self.options.chunks)
         plans = [(self._send_plan(plan_rows(chunk.plan)), chunk.plan.topk_weights) for chunk in chunks]
-        trips = self._trips([send for send, _ in plans], settings)
+        trips = self._trips([send for send, _ in plans])
         outputs = self._exchange([tokens[chunk.tokens] for chunk in chunks], plans, trips, work)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _trips(self, plans: list[SendPlan], settings: dict[str, int]) -> list[Trip]:
+    def _trips(self, plans: list[SendPlan]) -> list[Trip]:
         options = self.options
         counts = torch.stack([plan.counts for plan in plans])
         if options.node_size is None:
-            return direct_trips(counts, settings, options.group, options.wire)
-        return hierarchical_trips(counts, settings, options.group, options.node_size, options.wire)
+            return direct_trips(counts, options.group, options.wire)
+        return hierarchical_trips(counts, options.group, options.node_size, options.wire)
 
 
 class FixedDispatcher(ExchangeDispatcher):
-    """Every rank sends the capacity's number of rows to every expert, empty ones included: no number depends on data.
-
-    Ranks compare their settings when they change only.
-    """
-
-    def __init__(self, options: ExchangeOptions) -> None:
-        super().__init__(options)
-        self._agreed: dict[str, int] = {}
+    """Every rank sends as many rows as the capacity to every expert, empty ones included: no number depends on data."""
 
     def run(self, tokens: Tensor, plan: RoutePlan, work: ExpertWork) -> Tensor:
         """Compute tokens [T, D] by the experts of all ranks: [T, D_out]."""
@@ -166,10 +141,6 @@ class FixedDispatcher(ExchangeDispatcher):
         capacity = plan.capacity
         if capacity is None:
             capacity = GroupSync(options.group, tokens.device).max(plan.padded_capacity())
-        settings = {**self._settings(tokens, plan, work), "the capacity": capacity}
-        if settings != self._agreed:
-            agree(settings, options.group, tokens.device)
-            self._agreed = settings
         parts, size = split_slots(plan, options.chunks, capacity)
         plans = [(self._send_plan(plan_padded(part, size)), part.topk_weights) for part in parts]
         trips = [fixed_trip(send.counts, options.group, options.wire) for send, _ in plans]

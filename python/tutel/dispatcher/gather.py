@@ -13,7 +13,7 @@ from tutel.dispatcher.exchange import ExchangeDispatcher, ExchangeOptions
 from tutel.dispatcher.local import LocalDispatcher
 from tutel.distributed.gathering import gather_tokens, scatter_sums
 from tutel.distributed.groups import world_rank
-from tutel.distributed.handshake import gather_count
+from tutel.distributed.handshake import GroupSync
 from tutel.experts import ExpertWork
 from tutel.functional import accumulator_dtype
 from tutel.route import RoutePlan
@@ -29,8 +29,7 @@ class GatherDispatcher(ExchangeDispatcher):
     def run(self, tokens: Tensor, plan: RoutePlan, work: ExpertWork) -> Tensor:
         """Compute tokens [T, D] by the experts of all ranks: [T, D_out]."""
         group, count = self.options.group, tokens.shape[0]
-        settings = {**self._settings(tokens, plan, work), "top_k": plan.topk_ids.shape[1]}
-        most = max(gather_count(count, settings, group, tokens.device))
+        most = GroupSync(group, tokens.device).max(count)
         kept = torch.where(plan.row_index >= 0, plan.topk_ids, -1)
         ids = gather_tokens(kept, most, group, filler=-1)
         weights = gather_tokens(plan.topk_weights.to(accumulator_dtype(tokens.dtype)), most, group)

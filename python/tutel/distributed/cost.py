@@ -28,12 +28,13 @@ An expert has P = (matrices - 1) H D + H D_out weights, and perhaps H + D_out bi
 
 - r = 0, data parallel: tokens stay. Each parameter is gathered from all W ranks.
 - r >= 1: each row goes to the r ranks of one of an expert's n / r subgroups, and r partial sums of it come back: two
-  all-to-alls, of r N D s and r N D_out s bytes. Before, ranks tell each other how many rows come, and what they have to
-  have in common: W (d e + 9) numbers of 8 bytes. Each of the r ranks computes H / r hidden units, and gathers n / r of
-  the expert's n shards from its neighbours for that, parameter by parameter; biases of outputs come from all n.
+  all-to-alls, of r N D s and r N D_out s bytes. Before, ranks tell each other how many rows come: W d e numbers of 8
+  bytes. Each of the r ranks computes H / r hidden units, and gathers n / r of the expert's n shards from its neighbours
+  for that, parameter by parameter; biases of outputs come from all n.
 
 In training the outputs' gradients go where rows went, and the rows' gradients come back: the same bytes once more.
-Gathered weights are kept until then; their gradients are reduced and scattered: the same bytes once more.
+Gathered weights are kept until then; their gradients are reduced and scattered: the same bytes once more. Where ranks
+compare what they bring (on the CPU), each of these collectives comes after a ring of 128 bytes.
 
 **Computing**: 2 N P floating-point operations a rank in every mode, since r ranks share the work on r times the rows,
 and twice that in the backward pass. Rows are taken to be evenly divided among experts.
@@ -56,9 +57,9 @@ from tutel.errors import check_bool, check_int, check_number, one_of
 
 #: The backward pass of a product is two products.
 _BACKWARD = 2
-#: Bytes of a number that ranks tell each other, and how many there are beside counts of rows.
+#: Bytes of a number of rows, and of what ranks compare before a collective.
 _NUMBER = 8
-_SETTINGS = 9
+_COMPARED = 128
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ class Links:
         latency_inter: The same between nodes.
         node_size: m, ranks of a node; where it does not divide the number of ranks, each rank counts as a node.
         rate: Floating-point operations a second of the experts' products.
+        compares: Whether ranks compare what they bring before they gather weights, as they do on the CPU.
 
     Raises:
         TypeError: If one has the wrong type.
@@ -172,8 +174,10 @@ class Links:
     latency_inter: float
     node_size: int
     rate: float
+    compares: bool = False
 
     def __post_init__(self) -> None:
+        check_bool("compares", self.compares)
         check_int("node_size", self.node_size, at_least=1)
         for name in ("latency_intra", "latency_inter"):
             check_number(name, getattr(self, name), at_least=0)
@@ -256,7 +260,7 @@ def cost(
     counts, come, go = _Sent(), _Sent(), _Sent()
     if r > 0:
         row_bytes = r * sizes.rows * (sizes.element_size if sizes.wire_size is None else sizes.wire_size) / chunks
-        told = sizes.world_size * (chunks * sizes.local_experts + _SETTINGS) * _NUMBER
+        told = sizes.world_size * chunks * sizes.local_experts * _NUMBER
         counts = _all_to_all(told, sizes.world_size, links, hierarchical)
         come = _all_to_all(row_bytes * sizes.model_dim, sizes.world_size, links, hierarchical)
         go = _all_to_all(row_bytes * sizes.output_dim, sizes.world_size, links, hierarchical)
@@ -331,6 +335,8 @@ def _all_to_all(size: float, ranks: int, links: Links, hierarchical: bool) -> _S
 
 def _ring(parts: list[float], members: int, m: int, links: Links) -> _Sent:
     """Gather parts of so many bytes each from neighbouring members, or reduce and scatter them."""
+    if links.compares:
+        parts = [*parts, *[_COMPARED] * len(parts)]
     within = m % members == 0
     bandwidth = links.intra if within else min(links.intra, math.gcd(members, m) * links.inter)
     latency = links.latency_intra if within else links.latency_inter

@@ -57,7 +57,9 @@ def _measure(group: Group) -> Links:
     # Ranks that were told everything must still measure if others were not: exchanges take all of them.
     told = _slowest({"everything": float({*_ANY, "rate"} <= set(known))}, group)["everything"]
     found = {} if told else {**_link_speeds(group, m), "rate": _product_rate(group_device(group))}
-    return _links(_slowest({**found, **known}, group), m)
+    checked = env.check_ranks()
+    compares = group_device(group).type == "cpu" if checked is None else checked
+    return _links(_slowest({**found, **known, "compares": float(compares)}, group), m)
 
 
 def _link_speeds(group: Group, m: int) -> dict[str, float]:
@@ -82,6 +84,7 @@ def _links(found: dict[str, float], m: int) -> Links:
         latency_inter=found["latency_inter"],
         node_size=m,
         rate=found["rate"],
+        compares=bool(found.get("compares")),
     )
 
 

@@ -7,7 +7,6 @@ they come from, expert by expert within each.
 Symbols: W ranks, e experts of a rank, L ranks of a node, N = W / L nodes.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -92,17 +91,16 @@ class Journey:
         return rows
 
 
-def direct_trips(counts: Tensor, settings: Mapping[str, int], group: Group, wire: Wire) -> list[Trip]:
+def direct_trips(counts: Tensor, group: Group, wire: Wire) -> list[Trip]:
     """Plan that every rank sends to every other. The ranks tell each other of all trips at once.
 
     Args:
         counts: [trips, W, e] int64, rows for each rank and each of its experts.
-        settings: What all ranks have to have in common.
         group: The ranks.
         wire: How rows are written.
     """
     trips, _, experts = counts.shape
-    told = exchange_counts(counts.transpose(0, 1).flatten(1), settings, group)
+    told = exchange_counts(counts.transpose(0, 1).flatten(1), group)
     arrivals = told.view(-1, trips, experts).transpose(0, 1)
     return [
         Trip((Swap(sends, receives, group, wire),), came)
@@ -116,9 +114,7 @@ def fixed_trip(counts: Tensor, group: Group, wire: Wire) -> Trip:
     return Trip((Swap(counts.sum(1).tolist(), arrivals.sum(1).tolist(), group, wire),), arrivals)
 
 
-def hierarchical_trips(
-    counts: Tensor, settings: Mapping[str, int], group: Group, node_size: int, wire: Wire
-) -> list[Trip]:
+def hierarchical_trips(counts: Tensor, group: Group, node_size: int, wire: Wire) -> list[Trip]:
     """Plan to exchange inside nodes first, so that every rank then talks to one rank of each other node only.
 
     Rank (a, i), the i-th of node a, gives its rows for the ranks (b, j) of all nodes b to its neighbour (a, j), who
@@ -127,7 +123,6 @@ def hierarchical_trips(
 
     Args:
         counts: As :func:`direct_trips` takes them.
-        settings: Likewise.
         group: The ranks.
         node_size: L, neighbouring ranks of one node.
         wire: How rows are written.
@@ -135,9 +130,9 @@ def hierarchical_trips(
     division = divide(node_size, group)
     trips, _, experts = counts.shape
     by_rank = counts.view(trips, -1, node_size, experts).permute(2, 0, 1, 3)  # (j, trip, b, expert)
-    inside = exchange_counts(by_rank.flatten(1), settings, division.neighbours).view(by_rank.shape)  # (i, trip, b, ..)
+    inside = exchange_counts(by_rank.flatten(1), division.neighbours).view(by_rank.shape)  # (i, trip, b, ..)
     by_node = inside.permute(2, 1, 0, 3)  # (b, trip, i, expert)
-    across = exchange_counts(by_node.flatten(1).to(counts.device), settings, division.strided)
+    across = exchange_counts(by_node.flatten(1).to(counts.device), division.strided)
     across = across.view(by_node.shape)  # (a, trip, i, expert)
 
     def trip(number: int) -> Trip:

@@ -11,20 +11,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from tqdm import tqdm
+from tutel.distributed.groups import ParallelEnvironment
 
 from tutel import net, system
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
+LEARNING_RATE = 1e-5
+
 #: From a model and its tokens [batch, tokens, D] and labels [batch] to the loss, with gradients and update if training.
 Step = Callable[[nn.Module, Optimizer, Tensor, Tensor], Tensor]
 
 
-def argument_parser(description: str | None) -> argparse.ArgumentParser:
-    """Make the command line that all examples have."""
+def bare_argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """Make the command line of a program without a model: how it was launched, and where it computes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--local_rank", "--local-rank", type=int, default=-1, help="set by launchers; -1: from the environment")
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=["cuda", "cpu"], default=usual, help="where to compute")
+    return parser
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """Make the command line that all examples have."""
+    parser = bare_argument_parser(description)
+    add = parser.add_argument
     add("--batch_size", type=int, default=16, help="sequences of a step")
     add("--num_tokens", type=int, default=1024, help="tokens of one sequence")
     add("--model_dim", type=int, default=2048, help="width of a token")
@@ -36,8 +48,6 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     add("--l_aux_wt", type=float, default=0.0, help="weight of the auxiliary loss")
     add("--num_steps", type=int, default=100, help="steps to run; the last ten are averaged")
     add("--capacity_factor", type=float, default=1.0, help="0: drop nothing; negative: at most that")
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", choices=["cuda", "cpu"], default=usual, help="where to compute")
     add(
         "--checkpoint_path",
         "--checkpoint",
@@ -60,11 +70,15 @@ def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
     add("--megablocks_size", type=int, default=0, help="accepted: rows are never padded here")
 
 
+#: Arguments that are counts, of any of the programs.
+COUNTS = ("batch_size", "num_tokens", "model_dim", "hidden_size", "num_steps", "top", "elements", "num_loops")
+
+
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read a command line and check what argparse does not."""
     options = parser.parse_args(arguments)
-    for name in ("batch_size", "num_tokens", "model_dim", "hidden_size", "num_steps", "top"):
-        if getattr(options, name) < 1:
+    for name in COUNTS:
+        if getattr(options, name, 1) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device=cuda: torch finds no CUDA device")
@@ -144,16 +158,21 @@ def show_setting(options: argparse.Namespace, model: nn.Module) -> None:
     session.dist_print(f"[Benchmark] world_size = {session.global_size}, {settings}")
 
 
+def sgd(model: nn.Module) -> Optimizer:
+    """Make the usual optimizer."""
+    return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+
+
 def train(
     options: argparse.Namespace,
     model: nn.Module,
+    optimizer: Optimizer,
     tokens: Tensor,
     labels: Tensor,
     step: Step,
     remark: Callable[[], str],
 ) -> list[float]:
     """Run all steps; return their times in seconds."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
     session = system.get_local_session()
     step_times = []
     # A bar on a terminal only: piped output keeps plain lines.
@@ -207,12 +226,35 @@ class Checkpoint:
         self.print(f"[Checkpoint] weights written to {self.path}")
 
 
+def start(options: argparse.Namespace, group_count: int = 1) -> tuple[ParallelEnvironment, torch.device]:
+    """Join the other processes; give this one's place among them, and its device."""
+    session = system.init_data_model_parallel(group_count, backend="nccl" if options.device == "cuda" else "gloo")
+    # The old launcher gives the rank as an argument.
+    if session.is_cuda and options.local_rank >= 0:
+        return session, torch.device("cuda", options.local_rank)
+    return session, session.local_device
+
+
+def check(what: str, found: Tensor, expected: Tensor) -> None:
+    """Compare what a collective gave with what it must give.
+
+    Raises:
+        RuntimeError: If they differ.
+    """
+    if not torch.equal(found, expected):
+        rank = system.get_local_session().global_rank
+        raise RuntimeError(f"rank {rank} received wrong {what}: {found.tolist()} instead of {expected.tolist()}")
+
+
 def run(
     options: argparse.Namespace,
     make_model: Callable[[argparse.Namespace], nn.Module],
     *,
     step: Step | None = None,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    make_optimizer: Callable[[nn.Module], Optimizer] = sgd,
     remark: Callable[[nn.Module], str] = lambda _model: "",
+    group_count: int = 1,
 ) -> None:
     """Run an example.
 
@@ -220,23 +262,21 @@ def run(
         options: Its command line.
         make_model: Gives the model, from tokens [batch, tokens, D] to log-probabilities and auxiliary loss.
         step: One step, :func:`plain_step` if None.
+        wrap: Gives what is trained, from the model with its first weights.
+        make_optimizer: Gives the optimizer of what is trained.
         remark: Gives what stands at the end of a step's line.
+        group_count: How many groups of neighbouring ranks hold a model each.
     """
     dtype = DTYPES[options.dtype]
     torch.set_default_dtype(dtype)
     torch.backends.cuda.matmul.allow_tf32 = options.use_tensorcore
-    session = system.init_data_model_parallel(backend="nccl" if options.device == "cuda" else "gloo")
-    # The old launcher gives the rank as an argument.
-    device = (
-        torch.device("cuda", options.local_rank)
-        if session.is_cuda and options.local_rank >= 0
-        else session.local_device
-    )
+    session, device = start(options, group_count)
 
     model = make_model(options).to(device)
     checkpoint = Checkpoint(options.checkpoint_path)
     checkpoint.read(model, device)
     show_setting(options, model)
+    trained = wrap(model)
 
     torch.manual_seed(0)
     shape = [options.batch_size, options.num_tokens, options.model_dim]
@@ -244,7 +284,8 @@ def run(
     tokens = torch.randn(shape, dtype=torch.float32, device="cpu").to(device, dtype).requires_grad_(not options.eval)
     labels = torch.empty(options.batch_size, dtype=torch.int64, device="cpu").random_(1).to(device)
 
-    step_times = train(options, model, tokens, labels, step or plain_step(options), lambda: remark(model))
+    optimizer = make_optimizer(trained)
+    step_times = train(options, trained, optimizer, tokens, labels, step or plain_step(options), lambda: remark(model))
     if not options.eval:
         checkpoint.write(model)
     last = step_times[-10:]

@@ -12,18 +12,28 @@ from tutel import net
 from tutel.examples import _shared
 
 
-def parse_arguments(arguments: Sequence[str] | None = None, description: str | None = __doc__) -> argparse.Namespace:
-    """Read the command line."""
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """Make the command line of this program and its variants."""
     parser = _shared.argument_parser(description)
     _shared.add_layer_arguments(parser)
     parser.add_argument("--expert_type", choices=["ffn"], default="ffn", help="kind of the experts")
-    return _shared.parse(parser, arguments)
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None, description: str | None = __doc__) -> argparse.Namespace:
+    """Read the command line."""
+    return _shared.parse(argument_parser(description), arguments)
 
 
 class ExampleModel(nn.Module):
-    """A Mixture-of-Experts layer whose outputs are summed to one logit a token."""
+    """A Mixture-of-Experts layer whose outputs are summed to one logit a token.
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    Args:
+        options: The command line.
+        group: The ranks that share the layer's experts, all of them if None.
+    """
+
+    def __init__(self, options: argparse.Namespace, group: Any = None) -> None:
         super().__init__()
         self.megablocks_size = options.megablocks_size
         self._moe_layer = tutel_moe.moe_layer(
@@ -41,7 +51,8 @@ class ExampleModel(nn.Module):
                 "activation_fn": F.relu,
             },
             scan_expert_func=_shared.mark_local,
-            seeds=(1, net.get_world_rank() + 1, 1),
+            group=group,
+            seeds=(1, net.get_world_rank(group) + 1, 1),
             a2a_ffn_overlap_degree=options.a2a_ffn_overlap_degree,
             parallel_type=options.parallel_type,
             use_2dh=options.use_2dh,
