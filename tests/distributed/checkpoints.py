@@ -1,14 +1,18 @@
 """Models that are trained on some ranks, saved, and loaded on others."""
 
 import contextlib
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from tutel.checkpoint import (
     gather_states,
@@ -233,13 +237,90 @@ def imagined(ranks: int, rank: int) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
-def load_imagined(folder: str, saved_on: int, ranks: int) -> list[int]:
-    """Load on each of many ranks in turn."""
+def load_imagined(folder: str, saved_on: int, ranks: int, some: Iterable[int]) -> list[int]:
+    """Load on some of many ranks, one after the other."""
     counts = []
-    for rank in range(ranks):
+    for rank in some:
         with imagined(ranks, rank):
             counts.append(load(folder, saved_on))
     return counts
+
+
+WRAPPED = Case("ffn", 24, "adamw")
+
+
+def save_wrapped(folder: str) -> Tensor:
+    """Save the same values from a model in DDP, one with FSDP, replicas in groups of two, and as a file a rank."""
+    rank = net.get_world_rank()
+    model, optimizer = make(WRAPPED)
+    train(model, optimizer, 1, seed=5)
+    torch.save(model.state_dict(), f"{folder}/{rank}-of-4.ckpt")
+    states = {"plain": _state(model, optimizer)}
+
+    # DDP sends the first rank's parameters to all: experts are not to be.
+    names = [name for name, parameter in model.named_parameters() if hasattr(parameter, "_tutel_expert")]
+    wrapped = copy.deepcopy(model)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, names)
+    states["ddp"] = {"model": sharded_state_dict(DistributedDataParallel(wrapped))}
+
+    fsdp = copy.deepcopy(model)
+    fully_shard(fsdp.input)
+    fully_shard(fsdp.output)
+    # torch's loops over many tensors at once take no mixture.
+    fsdp_optimizer = torch.optim.AdamW(fsdp.parameters(), lr=0.01, amsgrad=True, foreach=False)
+    states["fsdp"] = _state(fsdp, fsdp_optimizer)
+    load_sharded_optimizer_state_dict(
+        fsdp, fsdp_optimizer, _like(states["fsdp"]["optimizer"], states["plain"]["optimizer"])
+    )
+    states["fsdp"]["optimizer"] = sharded_optimizer_state_dict(fsdp, fsdp_optimizer)
+
+    pairs = distributed.new_group([0, 1]), distributed.new_group([2, 3])
+    replica, replica_optimizer = make(WRAPPED, pairs[rank // 2])
+    whole = {name: _full(value) for name, value in states["plain"]["model"].items()}
+    load_sharded_state_dict(replica, whole)
+    states["groups"] = _state(replica, replica_optimizer)
+    dcp.save(states, checkpoint_id=f"{folder}/checkpoint")
+    torch.manual_seed(3)
+    return model(torch.randn(TOKENS, D, dtype=torch.float64).chunk(4)[rank]).detach()
+
+
+def load_wrapped(folder: str) -> Tensor:
+    """Load all of them on one rank, compare, and compute."""
+    whole = torch.load(f"{folder}/all.ckpt", weights_only=True)
+    plain: dict[str, dict[str, Tensor]] = {}
+    for kind in ("plain", "ddp", "fsdp", "groups"):
+        model, optimizer = make(WRAPPED)
+        state = {kind: _state(model, optimizer) if kind in ("plain", "fsdp") else {"model": sharded_state_dict(model)}}
+        dcp.load(state, checkpoint_id=f"{folder}/checkpoint", no_dist=True)
+        load_sharded_state_dict(model, state[kind]["model"])
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, whole[name]), (kind, name)
+        if "optimizer" in state[kind]:
+            load_sharded_optimizer_state_dict(model, optimizer, state[kind]["optimizer"])
+            values = values_of(model, optimizer)
+            plain = plain or values
+            for name in values:
+                for key, value in values[name].items():
+                    assert torch.equal(value, plain[name][key]), (kind, name, key)
+                    assert value.any(), (kind, name, key)
+    model.load_state_dict(whole, strict=True)
+    torch.manual_seed(3)
+    tokens = torch.randn(TOKENS, D, dtype=torch.float64)
+    return torch.cat([model(part) for part in tokens.chunk(4)]).detach()
+
+
+def _full(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _like(templates: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    """Place plain tensors as others are placed that have been sharded since."""
+    return {
+        name: distribute_tensor(value, template.device_mesh, template.placements)
+        if isinstance(template := templates[name], DTensor) and not isinstance(value, DTensor)
+        else value
+        for name, value in state.items()
+    }
 
 
 def _left(folder: str, rank: int, ranks: int) -> Path:

@@ -2,8 +2,10 @@
 
 import checkpoints
 import pytest
+import torch
 from checkpoints import CASES
 from ranks import run_ranks
+from tutel.checkpoint import gather_files
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +26,16 @@ def test_load_on_other_ranks(saved, saved_on, ranks):
 
 
 def test_load_on_imagined_ranks(saved):
-    """Of 8 and of 12 ranks, one after the other: finer shares of an expert than those saved, empty ones too."""
-    for ranks in (8, 12):
+    """On each of 8 ranks, and on some of 12, which have finer shares of an expert than were saved, or none of it."""
+    for ranks, some in ((8, range(8)), (12, (0, 4, 11))):
         expected = sum(case.fits(ranks) and case.fits(4) for case in CASES)
-        [counts] = run_ranks(checkpoints.load_imagined, 1, saved[4], 4, ranks, timeout=120)
-        assert counts == [expected] * ranks
+        [counts] = run_ranks(checkpoints.load_imagined, 1, saved[4], 4, ranks, some, timeout=120)
+        assert counts == [expected] * len(some)
+
+
+def test_files_and_wrappers(tmp_path):
+    """Four ranks' own files, gathered, are what a model in DDP, one with FSDP and replicas in groups save as well."""
+    outputs = run_ranks(checkpoints.save_wrapped, 4, str(tmp_path))
+    gather_files(f"{tmp_path}/{{rank}}-of-{{size}}.ckpt", 4, tmp_path / "all.ckpt")
+    [found] = run_ranks(checkpoints.load_wrapped, 1, str(tmp_path))
+    assert torch.equal(found, torch.cat(outputs))

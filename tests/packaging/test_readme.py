@@ -2,6 +2,7 @@
 
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ def test_the_example_runs(readme: str, tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text(example)
     printed = run([sys.executable, "-W", "error", "example.py"], cwd=tmp_path)
     assert "torch.Size([6, 1024])" in printed
+
+
+def test_the_programs_exist(readme: str) -> None:
+    named = set(re.findall(r"tutel\.(?:examples|launcher)\.\w+", readme))
+    [table] = re.findall(r"\| program \|.*?\n\n", readme, re.DOTALL)
+    named |= {f"tutel.examples.{name}" for name in re.findall(r"(?:^\| |, )`(\w+)`(?=[,| ])", table, re.MULTILINE)}
+    assert "tutel.examples.nccl_all_gather_v" in named
+    assert [name for name in sorted(named) if find_spec(name) is None] == []
 
 
 def test_the_targets_that_documents_name_exist(readme: str, repository: Path) -> None:

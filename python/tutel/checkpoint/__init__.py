@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tutel.checkpoint.convert import gather_files, scatter_file
 from tutel.checkpoint.errors import CheckpointError
 from tutel.checkpoint.gathering import gather_states
+from tutel.checkpoint.inspection import FileSummary, LayerSummary, TensorSummary, inspect_file
 from tutel.checkpoint.layouts import legacy_state_dict, load_legacy_state_dict
 from tutel.checkpoint.scattering import scatter_state
 
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "FileSummary",
+    "LayerSummary",
+    "TensorSummary",
     "gather_files",
     "gather_states",
+    "inspect_file",
     "legacy_state_dict",
     "load_legacy_state_dict",
     "load_sharded_optimizer_state_dict",

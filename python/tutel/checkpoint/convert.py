@@ -52,13 +52,13 @@ def gather_files(
     for path, title in zip(paths, titles, strict=True):
         try:
             roots.append(files.read(path, check=check))
-            states.append(files.entry(roots[-1], _steps(path, namespace), str(path)))
+            states.append(files.entry(roots[-1], files.steps(path, namespace), str(path)))
         except CheckpointError as error:
             problems.append(f"{title.split(' (')[0]}: {error}")
     refuse("the set is damaged or incomplete", problems)
     with _bar("gather", sum(path.stat().st_size for path in paths), unit="B") as bar:
         state = gather_states(states, allow_different=allowed, titles=titles, progress=bar.update, **options)
-        rest = _common_entries(roots, _steps(paths[0], namespace), allowed, titles[0])
+        rest = _common_entries(roots, files.steps(paths[0], namespace), allowed, titles[0])
         with files.Outputs() as outputs:
             outputs.add(Path(output), _content(Path(output), rest, namespace, state))
 
@@ -91,7 +91,7 @@ def scatter_file(
     paths = rank_paths("outputs", outputs, output_size)
     source = Path(input)
     root = files.read(source, check=check)
-    path_in = _steps(source, namespace)
+    path_in = files.steps(source, namespace)
     state = files.entry(root, path_in, str(source))
     rest = root if path_in else {}
     with _bar("scatter", len(paths), unit="file") as bar, files.Outputs() as written:
@@ -113,13 +113,8 @@ def rank_paths(option: str, pattern: str, size: int) -> list[Path]:
     return [Path(apply_rank_size_from_pattern(pattern, rank, size, create_dir=False)) for rank in range(size)]
 
 
-def _steps(path: Path, namespace: str) -> list[str]:
-    """Return the entries that lead to a file's state; safetensors files have none."""
-    return [] if path.suffix == files.SAFETENSORS else [name for name in namespace.split("/") if name]
-
-
 def _content(path: Path, rest: Mapping[str, Any], namespace: str, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    steps = _steps(path, namespace)
+    steps = files.steps(path, namespace)
     others = [str(key) for key in rest if key not in namespace.split("/")]
     if others and not steps:
         warnings.warn(f"{path} holds the state only: {names(others)} left out", UserWarning, stacklevel=3)

@@ -59,6 +59,11 @@ def read(path: Path, *, check: bool = True) -> Mapping[str, Any]:
     return state
 
 
+def steps(path: Path, namespace: str) -> list[str]:
+    """Return the entries that lead to a file's state, from the outermost; safetensors files have none."""
+    return [] if path.suffix == SAFETENSORS else [name for name in namespace.split("/") if name]
+
+
 def entry(root: Mapping[str, Any], steps: Sequence[str], title: str) -> Mapping[str, Any]:
     """Return the state inside a file's entry, or inside an entry of that, and so on.
 

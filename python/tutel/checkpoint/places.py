@@ -46,7 +46,13 @@ class Place:
     trained: bool
 
     def shard(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of this rank, which has the parameter's shape, as a part of all ranks'; they share memory."""
+        """Return a tensor of this rank, which has the parameter's shape, as a part of all ranks'; they share memory.
+
+        Raises:
+            ValueError: If it is divided already.
+        """
+        if isinstance(tensor, DTensor):
+            raise ValueError(f"{self.name} is divided already, as {tensor.placements}: keep experts out of fully_shard")
         part = self._part(tensor.detach())
         if self.mesh is None:
             return part

@@ -1,5 +1,21 @@
-"""Ranks and what they say to each other: groups, collectives, the optimizer of shared parameters.
+"""Ranks and what they say to each other: groups, collectives, gradients, the optimizer of shared parameters.
 
-The only package that calls ``torch.distributed``. One process needs no process group and none is made for it; what
-needs several ranks raises NotImplementedError until it is there.
+The only package that calls ``torch.distributed``. One process needs no process group and none is made for it. What
+programs may use beyond the historic names of :mod:`tutel.net` is listed here.
 """
+
+from tutel.distributed.failure import RankError
+from tutel.distributed.gradients import clip_grad_norm, ignore_experts, reduce_shared_gradients
+from tutel.distributed.groups import Division, divide, node_size
+from tutel.distributed.optimizer import DistributedOptimizer
+
+__all__ = [
+    "DistributedOptimizer",
+    "Division",
+    "RankError",
+    "clip_grad_norm",
+    "divide",
+    "ignore_experts",
+    "node_size",
+    "reduce_shared_gradients",
+]

@@ -291,17 +291,6 @@ def _group_count(group_count: int, ranks: int) -> int:
     return count if count > 0 else ranks // -count
 
 
-def require_one_rank(what: str, group: Group = None) -> None:
-    """Refuse what is not there yet for several ranks.
-
-    Raises:
-        NotImplementedError: If the group has more than one rank.
-    """
-    ranks = world_size(group)
-    if ranks > 1:
-        raise NotImplementedError(f"{what} over several ranks is not implemented yet: the group has {ranks}")
-
-
 __all__ = [
     "Division",
     "Group",

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tutel.experts.context import ExpertContext
@@ -32,14 +31,6 @@ class ExpertWork:
     def padded(self) -> bool:
         """Whether rows have to be :class:`PaddedRows`."""
         return takes_padded(self.experts)
-
-    def needs_grad(self) -> bool:
-        """Whether outputs need a gradient even where inputs do not."""
-        return (
-            torch.is_grad_enabled()
-            and not self.skip
-            and any(parameter.requires_grad for parameter in self.experts.parameters())
-        )
 
     def takes_tokens(self, tokens: Tensor) -> bool:
         """Whether :meth:`compute_tokens` can be called."""

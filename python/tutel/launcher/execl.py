@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tutel import env
-from tutel.distributed import affinity
+from tutel.distributed import affinity, interface
 
 
 def parse_program(arguments: Sequence[str] | None, description: str | None) -> list[str]:
@@ -28,18 +28,24 @@ def parse_program(arguments: Sequence[str] | None, description: str | None) -> l
 
 
 def become(program: list[str]) -> NoReturn:
-    """Bind this process to the NUMA node of its local rank and replace it by a program.
+    """Bind this process to the NUMA node of its local rank, and replace it by a program.
 
     Args:
         program: What ``python3`` takes.
 
     Raises:
-        ValueError: If there is no CUDA device for this local rank, though each is to have its own.
+        ValueError: If there is no CUDA device for this local rank, though each is to have its own; or if nothing says
+            where the processes of several hosts meet.
     """
-    local_rank = env.launch().local_rank
+    launched = env.launch()
     if env.cuda_sandbox() == 2:
-        env.show_one_cuda_device(local_rank)
-    bound = affinity.bind(local_rank, env.numa_type()) is not None
+        env.show_one_cuda_device(launched.local_rank)
+    if launched.local_size < launched.world_size:
+        meeting = env.meeting()
+        name = interface.for_other_hosts(meeting.host, meeting.port)
+        if name is not None:
+            env.default_gloo_interface(name)
+    bound = affinity.bind(launched.local_rank, env.numa_type()) is not None
     # Unbuffered, as torch.distributed.run starts programs: lines of several processes appear when they are written.
     command = [*(local_memory() if bound else []), sys.executable, "-u", *program]
     os.execvp(command[0], command)
