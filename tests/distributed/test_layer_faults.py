@@ -66,7 +66,7 @@ def train(victim: int, fail: Any, exchange: dict[str, Any], degree: int) -> None
     ("fail", "exchange", "degree", "stage"),
     [
         (is_killed, {}, 1, "rows from the experts"),
-        (is_killed, {"a2a_ffn_overlap_degree": 2}, 1, "rows from the experts"),
+        (is_killed, {"a2a_ffn_overlap_degree": 2}, 1, "the experts failed"),
         (raises, {"exchange": "fixed"}, 1, "rows from the experts"),
         (raises, {"exchange": "gather"}, 1, "reduce_scatter"),
         (raises, {}, 0, "gradient of all_gather"),
