@@ -268,9 +268,10 @@ def launcher_task() -> LauncherTask:
     Raises:
         ValueError: If a variable is no integer or out of range.
     """
-    sizes = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-    slurm = not any(os.environ.get(name) for name in sizes) and _in_slurm_step()
-    count = _integer(("SLURM_NTASKS",) if slurm else sizes, 0)
+    # Open MPI's and MPICH's mpiexec may have been started by Slurm. Slurm too sets PMI_SIZE, but no MPI_LOCALRANKID.
+    by_mpiexec = any(os.environ.get(name) for name in ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALRANKID"))
+    slurm = not by_mpiexec and _in_slurm_step()
+    count = _integer(("SLURM_NTASKS",) if slurm else ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"), 0)
     rank = _integer(("SLURM_PROCID",) if slurm else ("OMPI_COMM_WORLD_RANK", "PMI_RANK"), 0)
     if not 0 <= rank < max(count, 1):
         raise ValueError(f"the environment says task {rank} of {count}: it must be at least 0 and below their number")

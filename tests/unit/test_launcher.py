@@ -44,6 +44,7 @@ def host(rank, count, address, port=23232):
     ({"PMI_SIZE": "2", "PMI_RANK": "0", "MASTER_ADDR": "a"}, 1, host(0, 2, "a")),
     ({**SLURM, "LOCAL_SIZE": "2"}, 2, host(2, 3, "gpu08")),
     ({**SLURM, "MASTER_ADDR": "a"}, 1, host(2, 3, "a")),
+    ({**SLURM, "PMI_SIZE": "3", "PMI_RANK": "2"}, 1, host(2, 3, "gpu08")),
     # mpiexec in a job of Slurm.
     ({**SLURM, **MPI, "MASTER_ADDR": "a"}, 1, host(1, 2, "a")),
 ], ids=str)  # fmt: skip

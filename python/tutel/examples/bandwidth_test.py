@@ -60,9 +60,8 @@ def seconds(collective: Collective, elements: int, group: Group, options: argpar
     """Return the time of a call, of the rank that took longest."""
     ranks = net.get_world_size(group)
     # Zeros, which stay zeros when they are summed over and over.
-    given = torch.zeros(
-        int(elements * collective.given(ranks)), dtype=_shared.DTYPES[options.dtype], device=options.place
-    )
+    dtype, count = _shared.DTYPES[options.dtype], round(elements * collective.given(ranks))
+    given = torch.zeros(count, dtype=dtype, device=options.place)
     net.barrier(group)
     mine = system.perform(lambda: collective.call(given, group), options.num_loops)
     return float(net.simple_all_gather(torch.tensor([mine], dtype=torch.float64, device=options.place), group).max())
