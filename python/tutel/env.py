@@ -157,12 +157,14 @@ class Meeting:
         port: ``MASTER_PORT``, or 23456: a port there.
         attempt: ``TORCHELASTIC_RESTART_COUNT``: how often torch's launcher has started the processes again.
         by_agent: ``TORCHELASTIC_USE_AGENT_STORE``: torch's launcher listens there itself, not rank 0.
+        agents: ``GROUP_WORLD_SIZE``: how many of torch's launchers there are, one a host.
     """
 
     host: str
     port: int
     attempt: int
     by_agent: bool
+    agents: int
 
 
 def meeting() -> Meeting:
@@ -188,7 +190,8 @@ def meeting() -> Meeting:
     if not 0 < port < 65536:
         raise ValueError(f"environment variable MASTER_PORT must be from 1 to 65535, got {port}")
     attempt = _integer(("TORCHELASTIC_RESTART_COUNT",), 0)
-    return Meeting(host, port, attempt, os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True")
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True"
+    return Meeting(host, port, attempt, by_agent, _integer(("GROUP_WORLD_SIZE",), 1))
 
 
 def _first_host(hosts: str) -> str:
