@@ -42,7 +42,7 @@ def shapes(ranks: int) -> list[Shape]:
 def measure(quick: bool) -> Found:
     """Measure on this rank; all ranks of the world call this."""
     effort, started = QUICK if quick else FULL, time.process_time()
-    fewer = Effort(effort.rounds if quick else 20, effort.sample_seconds)
+    fewer = Effort(effort.rounds if quick else 10, effort.sample_seconds)
     ranks = net.get_world_size()
     links = measured_links()
     told: dict[str, Any] = {"ranks": ranks, "threads": torch.get_num_threads(), "links": links}
