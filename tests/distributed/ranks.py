@@ -40,7 +40,7 @@ class Ended:
     Attributes:
         code: Its exit code; minus the signal that killed it, None if it was still running when time was up.
         output: What it wrote to stdout and stderr.
-        seconds: How long it ran.
+        seconds: How long it ran, once all were there.
         result: What the function returned, if it did.
     """
 
@@ -98,7 +98,6 @@ def end_ranks(
     """
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        started = time.monotonic()
         processes = [
             _context().Process(
                 target=_run, args=(folder, rank, world_size, port, timeout, dict(env or {}), start, function, args)
@@ -107,6 +106,7 @@ def end_ranks(
         ]
         for process in processes:
             process.start()
+        started = time.monotonic()  # the first start waits for what the fork server imports
         seconds = _wait_for(processes, started, timeout)
         return [_ended(Path(folder), rank, process, seconds[rank], timeout) for rank, process in enumerate(processes)]
 

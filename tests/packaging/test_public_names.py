@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 FROZEN = Path(__file__).with_name("public_names.txt")
-MODULES = ["tutel", "tutel.moe", "tutel.functional"]
+MODULES = ["tutel", "tutel.moe", "tutel.net", "tutel.system", "tutel.distributed", "tutel.functional"]
 
 
 def arguments(function: object) -> str:
@@ -27,7 +27,7 @@ def describe(module: str, name: str) -> list[str]:
         return [path + arguments(value) if callable(value) else path]
     if hasattr(value, "_fields"):
         return [f"{path}: {', '.join(value._fields)}"]
-    own = set(dir(value)) - set(dir(torch.nn.Module))
+    own = set(dir(value)) - set(dir(torch.nn.Module)) - set(dir(RuntimeError))
     methods = ["__init__", *sorted(method for method in {"forward", *own} if not method.startswith("_"))]
     return [path, *(f"{path}.{method}{member(value, method)}" for method in methods if hasattr(value, method))]
 

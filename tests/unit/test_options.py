@@ -10,7 +10,7 @@ from matrix import user
 from reference import make_layer, random_values
 from torch.nn import functional as F
 
-from tutel import config, env, moe
+from tutel import config, distributed, env, moe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "options.md").read_text()
 D, E, T = 6, 4, 12
@@ -31,7 +31,8 @@ def named_in(heading):
     """The options that a section's tables have rows for."""
     section = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^#|\Z)", PAGE, re.MULTILINE | re.DOTALL)
     assert section, f"docs/options.md has no section {heading!r}"
-    return set(re.findall(r"^\| `(\w+)`", section.group(1), re.MULTILINE))
+    first = re.findall(r"^\| (`[^|]*`) \|", section.group(1), re.MULTILINE)
+    return {name for cell in first for name in re.findall(r"`(\w+)`", cell)}
 
 
 def arguments(function):
@@ -62,8 +63,13 @@ def test_page_of_custom_classes():
     assert named_in("Experts `custom`") == {"module", "count_per_node", "num_experts_per_device"}
 
 
+def test_page_of_the_helpers():
+    names = re.findall(r"^\| `(\w+)", PAGE.split("## Beyond the layer")[1], re.MULTILINE)
+    assert {*names} == {*distributed.__all__} - {"Division"}
+
+
 def test_page_of_the_environment():
-    read = set(re.findall(r"``([A-Z][A-Z_]+)(?:=1)?``", inspect.getsource(env)))
+    read = set(re.findall(r"``([A-Z][A-Z_0-9]+)(?:=\w+)?``", inspect.getsource(env)))
     assert named_in("Environment") == read
 
 

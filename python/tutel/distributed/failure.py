@@ -256,12 +256,12 @@ class Watch:
             self._store.set(f"wake/{rank}", "")
 
     def _await_answers(self, members: Sequence[int]) -> list[int]:
-        """Return who did not answer in time, and is not known to be silent or to have ended."""
+        """Return who did not answer in time, did not report, and is not known to be silent or to have ended."""
         until = time.monotonic() + PATIENCE
         missing = list(members)
         while True:
             self._hear(self._store)
-            known = {rank for report in self.heard.values() for rank in report.silent}
+            known = {*self.heard, *(rank for report in self.heard.values() for rank in report.silent)}
             missing = [r for r in missing if r not in known and not self._store.check([f"answer/{r}"])]
             missing = [r for r in missing if not self._store.check([f"end/{r}"])]
             if not missing or time.monotonic() > until:

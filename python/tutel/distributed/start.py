@@ -2,6 +2,7 @@
 
 import atexit
 import datetime
+import socket
 import time
 from typing import Any
 
@@ -112,20 +113,21 @@ def _meet(launched: env.Launch, timeout: datetime.timedelta) -> Any:
     place = env.meeting()
     who = f"rank {launched.rank} of {launched.world_size}"
     where = f"{place.host}:{place.port}"
-    try:
-        if place.by_agent:  # torch's launcher has the store, and keeps attempts apart
-            store = next(iter(rendezvous("env://", launched.rank, launched.world_size, timeout=timeout)))[0]
-        else:
-            master = launched.rank == 0
-            store = _TCPStore(place.host, place.port, None, master, timeout, wait_for_workers=False)
-            store = _PrefixStore(f"attempt {place.attempt}", store)
-    except distributed.DistNetworkError as error:
-        if launched.rank == 0:
-            raise  # the port is taken, or the host is not this one
+    until = time.monotonic() + timeout.total_seconds()
+    if launched.rank > 0 and (cause := _await_host(place, until)) is not None:
         text = f"{who}: start failed: rank 0 did not come to {where} within {timeout.total_seconds():g} s"
-        raise failure.RankError(text, launched.rank, "start", [0]) from error
+        raise failure.RankError(text, launched.rank, "start", [0]) from cause
+    if place.by_agent:  # torch's launcher has the store
+        store = next(iter(rendezvous("env://", launched.rank, launched.world_size, timeout=timeout)))[0]
+    else:
+        master = launched.rank == 0
+        store = _TCPStore(place.host, place.port, None, master, timeout, wait_for_workers=False)
+    if not place.by_agent or place.agents == 1:
+        # One launcher may keep its store when it starts processes again: what they wrote before must not count.
+        # Several count their attempts each for itself, and make a new store each time.
+        store = _PrefixStore(f"attempt {place.attempt}", store)
     try:
-        missing = _missing(_PrefixStore("start", store), launched, timeout)
+        missing = _missing(_PrefixStore("start", store), launched, until)
     except distributed.DistError as error:
         text = f"{who}: start failed: the store at {where} (of rank 0 or the launcher) ended before all had come"
         raise failure.RankError(text, launched.rank, "start", [0]) from error
@@ -136,7 +138,22 @@ def _meet(launched: env.Launch, timeout: datetime.timedelta) -> Any:
     return store
 
 
-def _missing(store: Any, launched: env.Launch, timeout: datetime.timedelta) -> list[int]:
+def _await_host(place: env.Meeting, until: float) -> OSError | None:
+    """Wait until somebody listens at a place; return the last reason why not, when time is up.
+
+    The store's own client would wait too, but several times as long as it is told.
+    """
+    while True:
+        try:
+            socket.create_connection((place.host, place.port), timeout=max(0.1, until - time.monotonic())).close()
+            return None
+        except OSError as error:
+            if time.monotonic() > until:
+                return error
+            time.sleep(0.1)
+
+
+def _missing(store: Any, launched: env.Launch, until: float) -> list[int]:
     """Wait for all ranks; return those that did not come in time, the same list on every rank.
 
     Keys: ``rank/r``, r is here; ``count``, how many are; ``outcome``, written once, by the last to come or by the first
@@ -146,7 +163,7 @@ def _missing(store: Any, launched: env.Launch, timeout: datetime.timedelta) -> l
     if store.add("count", 1) == launched.world_size:
         store.compare_set("outcome", "", "none")
     try:
-        store.wait(["outcome"], timeout)
+        store.wait(["outcome"], datetime.timedelta(seconds=max(0.1, until - time.monotonic())))
     except distributed.DistStoreError:
         absent = [str(rank) for rank in range(launched.world_size) if not store.check([f"rank/{rank}"])]
         store.compare_set("outcome", "", ",".join(absent) or "none")
