@@ -127,18 +127,15 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, *, see
         optimizer.zero_grad()
         loss = model(tokens).square().sum() / TOKENS
         loss.backward()
-        for parameter in model.parameters():
-            if not hasattr(parameter, "_tutel_expert"):
-                _sum(parameter.grad)
+        shared = [parameter.grad for parameter in model.parameters() if not hasattr(parameter, "_tutel_expert")]
+        summed = torch.cat([loss.detach().view(1), *(gradient.flatten() for gradient in shared)])
+        if distributed.is_initialized():
+            distributed.all_reduce(summed)
+        losses.append(summed[0].item())
+        for gradient, total in zip(shared, summed[1:].split([each.numel() for each in shared]), strict=True):
+            gradient.copy_(total.view_as(gradient))
         optimizer.step()
-        losses.append(_sum(loss.detach()).item())
     return losses
-
-
-def _sum(value: Tensor) -> Tensor:
-    if distributed.is_initialized():
-        distributed.all_reduce(value)
-    return value
 
 
 def values_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

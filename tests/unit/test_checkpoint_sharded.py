@@ -36,7 +36,7 @@ def assert_same(left, right):
         assert torch.equal(one, other)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated")
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path):
     model, optimizer = make()
     step(model, optimizer)

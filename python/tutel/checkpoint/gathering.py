@@ -60,17 +60,29 @@ def gather_states(
     if not states:
         raise ValueError("states must hold the state of at least one rank")
     titles = [f"rank {rank}" for rank in range(len(states))] if titles is None else titles
+    allowed, given = check_allow_different(allow_different), check_file_layout(layout)
     layers = common_layers(states, titles, default_num_global_experts)
     _check_missing(states, titles)
-    sizes = [_experts_and_shards(layer, len(states)) for layer in layers]
-    given = check_file_layout(layout)
-    layouts = {layer: layout_of(layer, states[0], given, e) for layer, (e, _) in zip(layers, sizes, strict=True)}
+    sizes = {layer: _experts_and_shards(layer, len(states)) for layer in layers}
+    layouts = {layer: layout_of(layer, states[0], given, e) for layer, (e, _) in sizes.items()}
     ranks = [modern(state, layouts) for state in states]
     joined = {
-        layer: _Experts(layer, layouts[layer], e, n, ranks, divisions_of(layer, ranks[0], shard_dims), model_dim)
-        for layer, (e, n) in zip(layers, sizes, strict=True)
+        layer: _Experts(layer, layouts[layer], *size, ranks, divisions_of(layer, ranks[0], shard_dims), model_dim)
+        for layer, size in sizes.items()
     }
-    allowed = check_allow_different(allow_different)
+    whole = _join(ranks, layers, joined, allowed, titles[0], progress or (lambda _: None))
+    counts = {layer: 1 if layouts[layer] == "megatron" else layer.num_experts for layer in layers}
+    return whole | {layer.prefix + COUNT: torch.tensor(count) for layer, count in counts.items()}
+
+
+def _join(
+    ranks: Sequence[State],
+    layers: Sequence[Layer],
+    joined: Mapping[Layer, "_Experts"],
+    allowed: AllowDifferent | None,
+    title: str,
+    progress: Callable[[int], object],
+) -> dict[str, Any]:
     whole: dict[str, Any] = {}
     problems: list[str] = []
     different: list[str] = []
@@ -86,16 +98,14 @@ def gather_states(
                 different.append(key)
         except (ValueError, RuntimeError) as error:
             problems.append(f"{key}: {error}")
-        if progress is not None:
-            progress(sum(value.nbytes for value in values if isinstance(value, Tensor)))
+        progress(sum(value.nbytes for value in values if isinstance(value, Tensor)))
     refuse("the ranks' experts do not fit together", problems)
     if different:
         raise CheckpointError(
             f"shared values are not the same on all ranks: {names(different)} (allow_different='first' takes those of "
-            f"{titles[0]})"
+            f"{title})"
         )
-    counts = {layer: 1 if layouts[layer] == "megatron" else layer.num_experts for layer in layers}
-    return whole | {layer.prefix + COUNT: torch.tensor(count) for layer, count in counts.items()}
+    return whole
 
 
 def check_allow_different(allow_different: object) -> AllowDifferent | None:
