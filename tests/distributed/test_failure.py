@@ -10,7 +10,7 @@ import time
 
 import torch
 from pytest import fixture, mark, raises
-from ranks import Ended, end_ranks, free_port
+from ranks import Ended, end_ranks, free_port, printed
 from torch import distributed
 from tutel.distributed import RankError, failure
 from tutel.distributed.failure import stage
@@ -193,7 +193,7 @@ def start_program(monkeypatch):
             command = [sys.executable, "-W", "error", "-c", source]
             pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             processes.append(subprocess.Popen(command, env=env, text=True, **pipe))
-        return [(process.communicate(timeout=60)[0], process.returncode) for process in processes]
+        return [(printed(process.communicate(timeout=60)[0]), process.returncode) for process in processes]
 
     yield start
     for process in processes:
