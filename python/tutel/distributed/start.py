@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.distributed.rendezvous import rendezvous
 
 from tutel import env
 from tutel.distributed import failure
@@ -117,12 +116,10 @@ def _meet(launched: env.Launch, timeout: datetime.timedelta) -> Any:
     if launched.rank > 0 and (cause := _await_host(place, until)) is not None:
         text = f"{who}: start failed: rank 0 did not come to {where} within {timeout.total_seconds():g} s"
         raise failure.RankError(text, launched.rank, "start", [0]) from cause
-    if place.by_agent:  # torch's launcher has the store, and keeps attempts apart
-        store = next(iter(rendezvous("env://", launched.rank, launched.world_size, timeout=timeout)))[0]
-    else:
-        master = launched.rank == 0
-        store = _TCPStore(place.host, place.port, None, master, timeout, wait_for_workers=False)
-        store = _PrefixStore(f"attempt {place.attempt}", store)
+    master = launched.rank == 0 and not place.by_agent
+    store = _TCPStore(place.host, place.port, None, master, timeout, wait_for_workers=False)
+    # A launcher that starts the processes again may keep its store, with the keys of the attempt that failed.
+    store = _PrefixStore(f"attempt {place.attempt}", store)
     try:
         missing = _missing(_PrefixStore("start", store), launched, until)
     except distributed.DistError as error:
