@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,19 +27,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from benches.distributed.run import measure
     from benches.machine import OtherWork, describe
 
-    machine, other = describe(), OtherWork()
+    machine, other, started, ours = describe(), OtherWork(), time.monotonic(), 0.0
     # The ranks have threads of their own, which each section tells.
     machine["torch"] = machine["torch"].split(",")[0]
     found = []
     for ranks in map(int, options.ranks.split(",")):
         print(f"{ranks} ranks ..", file=sys.stderr, flush=True)
         try:
-            found.append(run_ranks(measure, ranks, options.quick, timeout=600)[0])
+            of_ranks = run_ranks(measure, ranks, options.quick, timeout=600)
         except RanksError as error:
             print(f"{ranks} ranks: {error}", file=sys.stderr)
             return 1
+        found.append(of_ranks[0])
+        ours += sum(one.cpu_seconds for one in of_ranks)
+    # Ranks are no children of this process, so their work looks like that of others.
+    others = max(0.0, other.cores() - ours / (time.monotonic() - started))
     command = f"python -m benches.distributed --ranks {options.ranks}" + (" --quick" if options.quick else "")
-    text = markdown(found, machine, other.cores(), options.note, command)
+    text = markdown(found, machine, others, options.note, command)
     print(text)
     if options.record is not None:
         path = Path(__file__).parents[1] / "record" / f"distributed-{options.record}.md"

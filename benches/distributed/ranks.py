@@ -7,6 +7,7 @@ import pickle
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -66,6 +67,14 @@ def _result(path: Path, rank: int) -> Any:
     return value
 
 
+def _end_with_parent() -> None:
+    """End when the program that started the ranks does: killed, it cannot end them itself."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
 def _be_rank(
     folder: str, rank: int, world_size: int, port: int, timeout: float, function: Any, arguments: tuple[Any, ...]
 ) -> None:
@@ -78,6 +87,7 @@ def _be_rank(
         "MASTER_PORT": str(port),
         "TUTEL_GLOBAL_TIMEOUT_SEC": str(int(timeout)),
     }
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     from tutel import system

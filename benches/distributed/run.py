@@ -1,5 +1,6 @@
 """One run: everything that is measured with one number of ranks, in one set of processes."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ class Found:
     overlap: Compared
     switching: list[Compared]
     modes: list[Modes]
+    #: Processor time of this rank.
+    cpu_seconds: float = 0.0
 
 
 def shapes(ranks: int) -> list[Shape]:
@@ -38,7 +41,7 @@ def shapes(ranks: int) -> list[Shape]:
 
 def measure(quick: bool) -> Found:
     """Measure on this rank; all ranks of the world call this."""
-    effort = QUICK if quick else FULL
+    effort, started = QUICK if quick else FULL, time.process_time()
     fewer = Effort(effort.rounds if quick else 20, effort.sample_seconds)
     ranks = net.get_world_size()
     links = measured_links()
@@ -52,4 +55,5 @@ def measure(quick: bool) -> Found:
         overlap=layers.overlap(fewer),
         switching=[layers.switching(shape, fewer) for shape in layer_shapes[1:3]],
         modes=[layers.modes(shape, links, fewer) for shape in layer_shapes],
+        cpu_seconds=time.process_time() - started,
     )

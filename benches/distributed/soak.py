@@ -178,7 +178,7 @@ def _step(
     for pair in pairs:
         pair.train()
     loss_difference = max(abs(float(a) - float(b)) for a, b in zip(losses, expected_losses, strict=True))
-    return _largest(mine.detach() - whole.detach()[own]), loss_difference
+    return _largest(mine - whole[own]), loss_difference
 
 
 def _forward(layers: list[Any], tokens: Tensor, options: list[dict[str, int]]) -> tuple[Tensor, list[Tensor]]:
@@ -192,7 +192,7 @@ def _forward(layers: list[Any], tokens: Tensor, options: list[dict[str, int]]) -
 
 
 def _largest(values: Tensor) -> float:
-    return float(values.abs().max()) if values.numel() else 0.0
+    return float(values.detach().abs().max()) if values.numel() else 0.0
 
 
 def _resident() -> int:

@@ -157,12 +157,14 @@ class Meeting:
         port: ``MASTER_PORT``, or 23456: a port there.
         attempt: ``TORCHELASTIC_RESTART_COUNT``: how often torch's launcher has started the processes again.
         by_agent: ``TORCHELASTIC_USE_AGENT_STORE``: torch's launcher listens there itself, not rank 0.
+        agents: ``GROUP_WORLD_SIZE``: how many of torch's launchers there are, one a host.
     """
 
     host: str
     port: int
     attempt: int
     by_agent: bool
+    agents: int
 
 
 def meeting() -> Meeting:
@@ -188,7 +190,8 @@ def meeting() -> Meeting:
     if not 0 < port < 65536:
         raise ValueError(f"environment variable MASTER_PORT must be from 1 to 65535, got {port}")
     attempt = _integer(("TORCHELASTIC_RESTART_COUNT",), 0)
-    return Meeting(host, port, attempt, os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True")
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "") == "True"
+    return Meeting(host, port, attempt, by_agent, _integer(("GROUP_WORLD_SIZE",), 1))
 
 
 def _first_host(hosts: str) -> str:
@@ -244,6 +247,7 @@ class LauncherTask:
         rank: Number of this task, from 0, as in :class:`Launch`.
         count: Number of tasks; 0 where it was started by hand.
         here: Tasks of this host.
+        by_mpi: Whether mpiexec started it, and not srun.
         local_size: ``LOCAL_SIZE``: processes that are asked for on each host; 0 where it is not set.
         master_addr: ``MASTER_ADDR``, or what is known of the first host, or "".
         master_port: ``MASTER_PORT``: where the processes meet there (default 23232).
@@ -252,6 +256,7 @@ class LauncherTask:
     rank: int
     count: int
     here: int
+    by_mpi: bool
     local_size: int
     master_addr: str
     master_port: int
@@ -278,7 +283,8 @@ def launcher_task() -> LauncherTask:
     port = _integer(("MASTER_PORT",), 23232)
     if not 0 < port < 65536:
         raise ValueError(f"environment variable MASTER_PORT must be from 1 to 65535, got {port}")
-    return LauncherTask(rank, count, here, local_size, os.environ.get("MASTER_ADDR") or known, port)
+    address = os.environ.get("MASTER_ADDR") or known
+    return LauncherTask(rank, count, here, count > 0 and not slurm, local_size, address, port)
 
 
 def show_one_cuda_device(local_rank: int) -> None:

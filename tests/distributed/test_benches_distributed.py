@@ -1,6 +1,7 @@
 """The programs that measure several ranks: what they count, what they report, and that the soak can fail."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -45,6 +46,34 @@ def fail_on_one(how):
 def test_ranks_that_fail(how, text, timeout):
     with pytest.raises(RanksError, match=text):
         run_ranks(fail_on_one, 2, how, timeout=timeout)
+
+
+def say_where(path):
+    Path(f"{path}.{distributed.get_rank()}").write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_ranks_end_with_the_program_that_started_them(tmp_path):
+    program = (
+        "from benches.distributed.ranks import run_ranks; from test_benches_distributed import say_where; "
+        f"run_ranks(say_where, 2, {str(tmp_path / 'pid')!r}, timeout=60)"
+    )
+    folders = [str(Path(__file__).parents[2]), str(Path(__file__).parent), *filter(None, sys.path)]
+    started = subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    )
+    pids = [tmp_path / f"pid.{rank}" for rank in range(2)]
+    wait_until(lambda: all(path.exists() and path.read_text() for path in pids), 50)
+    started.kill()
+    started.wait()
+    wait_until(lambda: not any(Path(f"/proc/{path.read_text()}").exists() for path in pids), 10)
+
+
+def wait_until(happened, seconds):
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def count_and_time():

@@ -5,9 +5,10 @@ import functools
 import io
 import json
 import os
+import signal
 from pathlib import Path
 
-from programs import TINY, losses, need, run
+from programs import TINY, finish, losses, need, run, started
 from pytest import fixture, mark
 from ranks import free_port, run_ranks
 
@@ -54,16 +55,22 @@ def test_two_tasks_of_mpiexec_are_two_processes():
     assert losses(run([*MPIEXEC, "-n", "2", *port, "python3", "-m", "tutel.examples.helloworld", *TINY])) == expected(2)
 
 
+#: Says what it sees. When both processes are there, rank 1 ends as it was told, and rank 0 waits to be ended.
 PROBE = """
 import json, os, signal, sys, time
+_, met, ending, *rest = sys.argv
 names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"]
-print(json.dumps([sys.argv[1:], *(os.environ[name] for name in names), sorted(os.sched_getaffinity(0))]), flush=True)
-with open(f"{sys.argv[1]}/{os.environ['RANK']}", "w"):
-    while len(os.listdir(sys.argv[1])) < 2:
-        time.sleep(0.01)
+seen = {"pid": os.getpid(), "cpus": sorted(os.sched_getaffinity(0)), "rest": rest}
+print(json.dumps(seen | {name: os.environ[name] for name in names}), flush=True)
+open(f"{met}/{os.environ['RANK']}", "w").close()
+while len(os.listdir(met)) < 2:
+    time.sleep(0.01)
 if os.environ["RANK"] == "1":
-    os.kill(os.getpid(), signal.SIGKILL) if sys.argv[2] == "killed" else sys.exit(int(sys.argv[2]))
-time.sleep(60 if sys.argv[2] != "0" else 0)
+    if ending == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if ending != "waits":
+        sys.exit(int(ending))
+time.sleep(60)
 """
 
 
@@ -74,21 +81,28 @@ def probe(tmp_path):
     return [tmp_path / "probe.py", tmp_path / "met"]
 
 
-@mark.parametrize(("ending", "status"), [("0", 0), ("7", 7)])
-def test_processes_under_mpiexec_have_the_whole_host(ending, status, probe):
+def test_processes_under_mpiexec_have_the_whole_host_and_give_their_exit_status(probe):
     need("mpiexec", "openmpi-bin")
     variables = {"LOCAL_SIZE": "2", "MASTER_PORT": str(free_port()), "TUTEL_CUDA_SANDBOX": "2"}
-    printed = run([*MPIEXEC, "-host", "localhost", *LAUNCHER, *probe, ending, "-m"], status, **variables)
-    cpus = sorted(os.sched_getaffinity(0))
-    threads = str(max(1, len(cpus) // 2))
-    rows = sorted((json.loads(line) for line in printed.splitlines()), key=lambda row: row[1])
-    assert [row[:-1] for row in rows] == [
-        [[str(probe[1]), ending, "-m"], rank, rank, "2", threads, rank] for rank in ("0", "1")
-    ]
-    # Each has all CPUs of its node: on a machine with one node, all.
-    assert all(set(row[-1]) <= set(cpus) for row in rows)
-    assert len(rows[0][-1]) > 1 or len(cpus) == 1
+    printed = run([*MPIEXEC, "-host", "localhost", *LAUNCHER, *probe, "7", "-m", "--help"], 7, **variables)
+    seen = sorted((json.loads(line) for line in printed.splitlines()), key=lambda one: one["RANK"])
+    assert [one["rest"] for one in seen] == [["-m", "--help"]] * 2
+    for name in ("RANK", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES"):
+        assert [one[name] for one in seen] == ["0", "1"], name
+    cpus = os.sched_getaffinity(0)
+    assert {one["OMP_NUM_THREADS"] for one in seen} == {str(max(1, len(cpus) // 2))}
+    # Each is bound to its NUMA node, and not to the one core that mpiexec gave the launcher.
+    assert all(set(one["cpus"]) <= cpus for one in seen)
+    assert len(seen[0]["cpus"]) > 1 or len(cpus) == 1
+
+
+def test_a_signal_ends_the_launcher_and_its_processes(probe):
+    with started([*LAUNCHER, *probe, "waits"], LOCAL_SIZE="2", TUTEL_CUDA_SANDBOX="2") as launcher:
+        pids = [json.loads(launcher.stdout.readline())["pid"] for _ in range(2)]
+        launcher.terminate()
+        finish(launcher, 128 + signal.SIGTERM)
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
 
 
 def test_the_exit_status_of_a_program_that_a_signal_ended(probe):
-    run([*LAUNCHER, *probe, "killed"], 128 + 9, LOCAL_SIZE="2", TUTEL_CUDA_SANDBOX="2")
+    run([*LAUNCHER, *probe, "killed"], 128 + signal.SIGKILL, LOCAL_SIZE="2", TUTEL_CUDA_SANDBOX="2")

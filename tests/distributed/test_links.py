@@ -38,6 +38,8 @@ def test_ranks_measure_the_same(local_size):
     assert 1e6 < found["inter"] < 1e12
     assert 1e-8 < found["latency_intra"] < 1
     assert 1e-8 < found["latency_inter"] < 1
+    assert 1e-8 < found["step_intra"] < 1
+    assert 1e-8 < found["step_inter"] < 1
     assert 1e7 < found["rate"] < 1e16
     if local_size in (1, 4):
         assert found["intra"] == found["inter"]
@@ -53,7 +55,7 @@ def test_ranks_measure_the_same(local_size):
 def test_what_ranks_were_told_counts():
     results = run_ranks(measure_in_nodes, 4, 2, [TOLD] * 4)
     told = {"intra": 8e9, "inter": 2e9, "latency_intra": 1e-5, "latency_inter": 1e-5, "rate": 1e12}
-    told |= {"node_size": 2, "compares": True}
+    told |= {"step_intra": 1e-5, "step_inter": 1e-5, "node_size": 2, "compares": True}
     assert [result[0] for result in results] == [told] * 4
 
 
@@ -62,7 +64,7 @@ def test_ranks_that_were_told_different_things_agree_on_the_slowest():
     assert all(result[0] == results[0][0] for result in results)
     found = results[0][0]
     assert found["inter"] <= 1e9
-    assert found["latency_inter"] == 0.5
+    assert found["latency_inter"] == found["step_inter"] == 0.5
     assert found["rate"] == 10.0
 
 

@@ -37,7 +37,7 @@ def test_the_targets_that_documents_name_exist(readme: str, repository: Path) ->
 
 
 def test_the_files_that_documents_link_to_exist(repository: Path) -> None:
-    for document in ["README.md", "CONTRIBUTING.md", "docs/architecture.md"]:
+    for document in ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/checkpoints.md"]:
         path = repository / document
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
             assert (path.parent / link).exists(), f"{document} links to {link}"

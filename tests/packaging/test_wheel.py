@@ -56,6 +56,12 @@ def test_metadata(wheel: Path) -> None:
     assert "License-Expression: MIT" in header
 
 
+def test_command_is_there(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    [entries] = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/entry_points.txt")]
+    assert re.search(r"^\[console_scripts\]\s+tutel ?= ?tutel\.commands:main$", entries, re.MULTILINE)
+
+
 def test_names_no_folder_of_the_repository(wheel: Path, repository: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     assert [name for name in archive.namelist() if str(repository).encode() in archive.read(name)] == []

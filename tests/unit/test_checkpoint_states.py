@@ -160,6 +160,39 @@ def test_numbers_that_may_be_experts_or_not():
     assert scatter_state(state, 2, 0, layout="batched")["experts.1.w"].shape == (1, 3)
 
 
+# --- Tensor parallelism ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_megatron(ranks, copies):
+    """Every rank computes all tokens by its hidden units, bias included, and the outputs are added."""
+    options = {**FFN, "fc1_copies": copies, "activation_fn": torch.relu if copies == 1 else nn.GLU()}
+    parts = [moe.moe_layer({"type": "megatron"}, D, options) for _ in range(ranks)]
+    tokens = random_values((7, D), torch.float32)
+    expected = sum(part(tokens) for part in parts)
+    states = [{**part.state_dict(), "_num_global_experts": torch.tensor(ranks)} for part in parts]
+    gathered = gather_states(states, layout="megatron")
+    whole = moe.moe_layer({"type": "megatron"}, D, {**options, "hidden_size_per_expert": H * ranks})
+    whole.load_state_dict(gathered, strict=True)
+    torch.testing.assert_close(whole(tokens), expected)
+    for rank, part in enumerate(parts):
+        share = scatter_state(gathered, ranks, rank, layout="megatron")
+        assert share["_num_global_experts"] == ranks
+        part.load_state_dict({**share, "_num_global_experts": torch.tensor(1)}, strict=True)
+    torch.testing.assert_close(sum(part(tokens) for part in parts), expected)
+
+
+def test_what_is_no_megatron():
+    state = whole_layer(FFN).state_dict()
+    assert_same_state(gather_states(shares(state, 2), layout="megatron"), state)  # it has a gate
+    del state["gates.0.wg.weight"]
+    with pytest.raises(CheckpointError, match="the layer: 2 ranks have 4 parts of an expert"):
+        gather_states(shares(state, 2), layout="megatron")
+    with pytest.raises(CheckpointError, match="only one expert can be cut into parts, got 4"):
+        scatter_state(state, 2, 0, layout="megatron")
+
+
 # --- Older versions -------------------------------------------------------------------------------------------------
 
 

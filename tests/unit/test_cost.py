@@ -108,7 +108,9 @@ def ring(members, links, part):
             within = member // links.node_size == after // links.node_size
             # The only link that leaves a node has what all of the node's members have together.
             bandwidth = links.intra if within else min(links.intra, per_node * links.inter)
-            times.append((links.latency_intra if within else links.latency_inter, part / bandwidth))
+            kind = "intra" if within else "inter"
+            step = getattr(links, f"step_{kind}")
+            times.append((getattr(links, f"latency_{kind}") if step is None else step, part / bandwidth))
         moving = [moving[index - 1] for index in range(len(members))]
         for index, arrived in enumerate(moving):
             held[index].add(arrived)
@@ -346,6 +348,8 @@ def test_links_are_checked():
         dataclasses.replace(LINKS, inter=0)
     with pytest.raises(ValueError, match=r"latency_intra must be at least 0, got -1.0"):
         dataclasses.replace(LINKS, latency_intra=-1.0)
+    with pytest.raises(ValueError, match=r"step_inter must be at least 0, got -1"):
+        dataclasses.replace(LINKS, step_inter=-1)
     with pytest.raises(TypeError, match="rate must be a number, got 'fast'"):
         dataclasses.replace(LINKS, rate="fast")
 

@@ -1,9 +1,11 @@
 """tutel.launcher: which processes it starts for what the environment says, and where it puts them."""
 
 import os
+import socket
 import sys
 
-from pytest import fixture, mark, raises
+from pytest import fixture, mark, raises, skip
+from tutel.distributed import interface
 from tutel.launcher import execl, run
 
 from tutel import env
@@ -142,3 +144,29 @@ def test_help_names_the_variables(capsys):
     assert all(
         name in printed for name in ("mpiexec -host", "LOCAL_SIZE", "MASTER_ADDR", "NUMA_TYPE", "OMP_NUM_THREADS")
     )
+
+
+@mark.parametrize(("address", "other"), [
+    ("192.0.2.1", "192.0.2.2"),  # Gloo finds an address that others reach
+    ("127.0.1.1", "localhost"),
+    ("127.0.1.1", "no-such-host.invalid"),
+    (None, "localhost"),
+])  # fmt: skip
+def test_no_interface_has_to_be_named(address, other, monkeypatch):
+    def address_of(name):
+        if address is None:
+            raise OSError(name)
+        return address
+
+    monkeypatch.setattr(socket, "gethostbyname", address_of)
+    assert interface.for_other_hosts(other, 23232) is None
+
+
+def test_the_interface_of_this_hosts_address_is_named(monkeypatch):
+    found = {interface._address(name): name for _, name in socket.if_nameindex()}
+    assert found["127.0.0.1"] == "lo"
+    addresses = [address for address in found if address and not address.startswith("127.")]
+    if not addresses:
+        skip("this machine has no address but its loopback's")
+    monkeypatch.setattr(socket, "gethostbyname", lambda _: "127.0.1.1")
+    assert interface.for_other_hosts(addresses[0], 23232) == found[addresses[0]]

@@ -110,14 +110,19 @@ def test_launchers_that_contradict_themselves(monkeypatch, variables, message):
 @mark.parametrize(
     ("variables", "expected"),
     [
-        ({"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}, ("localhost", 23456, 0, False)),
-        ({"MASTER_ADDR": "there", "MASTER_PORT": 1234, "WORLD_SIZE": 2}, ("there", 1234, 0, False)),
-        ({**SLURM, **HOSTS, "SLURM_NODELIST": "node[07-09,12],other"}, ("node07", 23456, 0, False)),
-        ({**SLURM, **HOSTS, "SLURM_STEP_NODELIST": "a1,b[1-2]"}, ("a1", 23456, 0, False)),
-        ({**SLURM, **HOSTS, "SLURM_NODELIST": "rack[2-3]n[5,7].net"}, ("rack2n5.net", 23456, 0, False)),
+        ({"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}, ("localhost", 23456, 0, False, 1)),
+        ({"MASTER_ADDR": "there", "MASTER_PORT": 1234, "WORLD_SIZE": 2}, ("there", 1234, 0, False, 1)),
+        ({**SLURM, **HOSTS, "SLURM_NODELIST": "node[07-09,12],other"}, ("node07", 23456, 0, False, 1)),
+        ({**SLURM, **HOSTS, "SLURM_STEP_NODELIST": "a1,b[1-2]"}, ("a1", 23456, 0, False, 1)),
+        ({**SLURM, **HOSTS, "SLURM_NODELIST": "rack[2-3]n[5,7].net"}, ("rack2n5.net", 23456, 0, False, 1)),
         (
-            {"MASTER_ADDR": "a", "TORCHELASTIC_RESTART_COUNT": 2, "TORCHELASTIC_USE_AGENT_STORE": "True"},
-            ("a", 23456, 2, True),
+            {
+                "MASTER_ADDR": "a",
+                "TORCHELASTIC_RESTART_COUNT": 2,
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "GROUP_WORLD_SIZE": 3,
+            },
+            ("a", 23456, 2, True, 3),
         ),
     ],
 )

@@ -1,12 +1,15 @@
-//! How a grouped product is cut into tiles: by the shapes alone.
+//! How a grouped product is cut into tiles: no sum depends on it.
 use std::ops::Range;
 
+use crate::Parallel;
 use crate::disjoint::Tiles;
 
 /// Rows and columns of a tile at most. Packing a block of the right factor pays over a tile's rows, packing one of the left
 /// factor over its columns.
 const ROWS: usize = 512;
 const COLUMNS: usize = 2048;
+/// Rows that a kernel takes at once at most: see [`column_block`].
+const FEW_ROWS: usize = 14;
 
 /// Blocks of rows, each of one owner or of nobody, times blocks of columns.
 pub(crate) struct Cut {
@@ -17,7 +20,12 @@ pub(crate) struct Cut {
 
 impl Cut {
     /// Rows by owner, ascending; rows behind the last, up to `rows`, are nobody's.
-    pub(crate) fn new(owned: impl IntoIterator<Item = Range<usize>>, rows: usize, columns: usize) -> Self {
+    pub(crate) fn new(
+        owned: impl IntoIterator<Item = Range<usize>>,
+        rows: usize,
+        columns: usize,
+        parallel: &dyn Parallel,
+    ) -> Self {
         let mut row_blocks: Vec<(Option<usize>, Range<usize>)> = Vec::new();
         let mut last = 0;
         for (owner, range) in owned.into_iter().enumerate() {
@@ -25,7 +33,9 @@ impl Cut {
             row_blocks.extend(blocks_of(range).map(|block| (Some(owner), block)));
         }
         row_blocks.extend(blocks_of(last..rows).map(|block| (None, block)));
-        let column_block = column_block(row_blocks.len(), columns);
+        let owned = row_blocks.iter().filter(|(owner, _)| owner.is_some());
+        let most = owned.map(|(_, rows)| rows.len()).max().unwrap_or(0);
+        let column_block = column_block(row_blocks.len(), most <= FEW_ROWS, columns, parallel.threads());
         Self { row_blocks, columns, column_block }
     }
 
@@ -63,13 +73,16 @@ fn blocks_of(range: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     range.step_by(ROWS).map(move |start| start..start.saturating_add(ROWS).min(end))
 }
 
-/// Columns of a tile: halved while there are fewer tiles than processors have cores to feed.
-fn column_block(row_blocks: usize, columns: usize) -> usize {
+/// Columns of a tile: halved while there are fewer tiles than balance many threads. Where rows are few, time goes into reading
+/// the right factor, and the more of a row is read in one go the better: then the tiles are as wide as these threads allow.
+fn column_block(row_blocks: usize, few: bool, columns: usize, threads: usize) -> usize {
     const ENOUGH_TILES: usize = 32;
+    const ENOUGH_FOR_A_THREAD: usize = 4;
     // Narrower ones would read a weight's rows in pieces too short for the processor's prefetching.
     const LEAST: usize = 256;
+    let enough = if few { threads.saturating_mul(ENOUGH_FOR_A_THREAD) } else { ENOUGH_TILES };
     let mut block = COLUMNS;
-    while block > LEAST && row_blocks * columns.div_ceil(block) < ENOUGH_TILES {
+    while block > LEAST && row_blocks * columns.div_ceil(block) < enough {
         block /= 2;
     }
     block

@@ -1,7 +1,7 @@
 //! The experts' products: ragged rows times one matrix an expert.
 //!
-//! The output is cut into tiles (a block of one expert's rows, or of one expert's matrix, times a block of columns) by
-//! the shapes alone; a tile is one task and its whole sum is made by one thread.
+//! The output is cut into tiles (a block of one expert's rows, or of one expert's matrix, times a block of columns); a
+//! tile is one task, and a sum is made by one thread and in the same order however the output is cut.
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -85,7 +85,7 @@ pub fn grouped_gemm<T: Scalar>(
         check_len("bias", bias.len(), experts * outer)?;
     }
     let owned = check_offsets(input.offsets, experts, rows)?;
-    let cut = Cut::new(owned, rows, outer);
+    let cut = Cut::new(owned, rows, outer, parallel);
     let tiles = cut.tiles(output);
     let level = Level::current();
     let weights = |data| Weights { data, inner, outer, transposed: input.transposed };
@@ -139,7 +139,7 @@ pub fn grouped_gemm_weight_grad<T: Scalar>(
     check_len("output", output.len(), experts * inner * outer)?;
     let owned = check_offsets(offsets, experts, rows)?;
     // The output is one [E * inner, outer] matrix.
-    let cut = Cut::new((0..experts).map(|e| e * inner..(e + 1) * inner), experts * inner, outer);
+    let cut = Cut::new((0..experts).map(|e| e * inner..(e + 1) * inner), experts * inner, outer, parallel);
     let tiles = cut.tiles(output);
     let level = Level::current();
     each_task(worthwhile(parallel, rows.saturating_mul(inner).saturating_mul(outer)), cut.len(), &|claimed| {

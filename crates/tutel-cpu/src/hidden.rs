@@ -74,7 +74,7 @@ pub fn hidden<T: Scalar>(
     for (name, saved) in [("pre", &output.pre), ("value", &output.value)] {
         saved.as_ref().map_or(Ok(()), |saved| check_len(name, saved.len(), rows * outer))?;
     }
-    let cut = Cut::new(check_offsets(input.offsets, experts, rows)?, rows, outer);
+    let cut = Cut::new(check_offsets(input.offsets, experts, rows)?, rows, outer, parallel);
     let tiles = cut.tiles(output.hidden);
     let pre_tiles = output.pre.map(|matrix| cut.tiles(matrix));
     let value_tiles = output.value.map(|matrix| cut.tiles(matrix));
@@ -187,7 +187,7 @@ pub fn hidden_grad<T: Scalar>(
 ) -> Result<(), Error> {
     input.check(shape, &output)?;
     let GroupedShape { experts, rows, inner, outer } = shape;
-    let cut = Cut::new(check_offsets(input.offsets, experts, rows)?, rows, outer);
+    let cut = Cut::new(check_offsets(input.offsets, experts, rows)?, rows, outer, parallel);
     let tiles = cut.tiles(output.grad_pre);
     let value_tiles = output.grad_value.map(|matrix| cut.tiles(matrix));
     let hidden_tiles = output.hidden.map(|matrix| cut.tiles(matrix));

@@ -13,7 +13,7 @@ from tutel.checkpoint.division import Division, divisions, experts_and_shards
 from tutel.checkpoint.errors import CheckpointError, names, refuse
 from tutel.checkpoint.keys import COUNT, Layer, find_layers, layer_of, numbered
 from tutel.checkpoint.llama import is_flat, unflatten
-from tutel.checkpoint.older import FileLayout, check_file_layout, detect_layout, modern
+from tutel.checkpoint.older import FileLayout, check_file_layout, layout_of, modern
 from tutel.checkpoint.same import same
 from tutel.errors import check_int, one_of
 
@@ -41,7 +41,8 @@ def gather_states(
         states: One a rank, in order. The W = len(states) ranks are one group: each holds E / W experts, or W / E
             neighbours share each.
         default_num_global_experts: E of layers whose state does not tell.
-        layout: Of the experts: 'batched', 'modules', 'v0.1.4' or 'v0.1.5', where names and shapes do not tell.
+        layout: Of the experts: 'batched', 'modules', 'megatron', 'v0.1.4' or 'v0.1.5', where names and shapes do not
+            tell. 'megatron' are layers with that gate, which is for those without gates in the state.
         shard_dims: For ranks that share an expert of a custom class: along which dimension of [1, ...] its parameters
             are cut, by their names within ``experts``.
         model_dim: D, which flat weights of ``llama_ffn`` need where the gate does not tell.
@@ -63,7 +64,7 @@ def gather_states(
     _check_missing(states, titles)
     sizes = [_experts_and_shards(layer, len(states)) for layer in layers]
     given = check_file_layout(layout)
-    layouts = {layer: given or detect_layout(layer, states[0], e) for layer, (e, _) in zip(layers, sizes, strict=True)}
+    layouts = {layer: layout_of(layer, states[0], given, e) for layer, (e, _) in zip(layers, sizes, strict=True)}
     ranks = [modern(state, layouts) for state in states]
     joined = {
         layer: _Experts(layer, layouts[layer], e, n, ranks, divisions_of(layer, ranks[0], shard_dims), model_dim)
@@ -93,7 +94,8 @@ def gather_states(
             f"shared values are not the same on all ranks: {names(different)} (allow_different='first' takes those of "
             f"{titles[0]})"
         )
-    return whole | {layer.prefix + COUNT: torch.tensor(layer.num_experts) for layer in layers}
+    counts = {layer: 1 if layouts[layer] == "megatron" else layer.num_experts for layer in layers}
+    return whole | {layer.prefix + COUNT: torch.tensor(count) for layer, count in counts.items()}
 
 
 def check_allow_different(allow_different: object) -> AllowDifferent | None:
@@ -181,6 +183,10 @@ class _Experts:
         self.model_dim = layer.model_dim(ranks[0]) if model_dim is None else model_dim
         fc2 = ranks[0].get(f"{layer.experts}batched_fc2_w")
         self.output_dim = fc2.shape[-1] if isinstance(fc2, Tensor) and fc2.dim() == 3 else None
+        if layout == "megatron":
+            if layer.num_experts != len(ranks):
+                raise CheckpointError(f"{layer.title}: {len(ranks)} ranks have {layer.num_experts} parts of an expert")
+            self.n = len(ranks)
         if layout == "modules" and n > 1:
             raise CheckpointError(f"{layer.title}: a module cannot be shared by {n} ranks")
 
@@ -229,7 +235,7 @@ class _Experts:
         if not division.padded or self.output_dim is None:
             return division.join(shards)
         width = shards[0].shape[division.dim]
-        if self.layout.startswith("v") and width == self.output_dim:
+        if self.layout != "batched" and width == self.output_dim:
             # Each rank had a bias of its own, and all were added.
             total = torch.stack(shards).sum(0, dtype=torch.promote_types(shards[0].dtype, torch.float32))
             return total.to(shards[0].dtype)

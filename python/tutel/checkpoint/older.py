@@ -14,9 +14,10 @@ from tutel.checkpoint.keys import Layer, numbered
 from tutel.errors import one_of
 from tutel.experts.legacy import LAYOUTS, NAMES
 
-#: 'batched' are tensors [e, ...], 'modules' one module an expert with its number in the keys.
-FileLayout = Literal["batched", "modules", "v0.1.4", "v0.1.5"]
-FILE_LAYOUTS: tuple[FileLayout, ...] = ("batched", "modules", *LAYOUTS)
+#: 'batched' are tensors [e, ...], 'modules' one module an expert with its number in the keys. 'megatron' are the parts
+#: of one expert, in layers without gates: each rank counts as an expert and has a bias of its own, which are added.
+FileLayout = Literal["batched", "modules", "megatron", "v0.1.4", "v0.1.5"]
+FILE_LAYOUTS: tuple[FileLayout, ...] = ("batched", "modules", "megatron", *LAYOUTS)
 
 _OLD_NAMES = {f"0.{old}": name for name, old in NAMES.items()}
 
@@ -33,6 +34,18 @@ def check_file_layout(layout: object) -> FileLayout | None:
     if layout is None:
         return None
     raise ValueError(f"layout must be None or {one_of(map(repr, FILE_LAYOUTS))}, got {layout!r}")
+
+
+def layout_of(layer: Layer, state: Mapping[str, Any], given: FileLayout | None, num_local_experts: int) -> FileLayout:
+    """Return a layer's layout: what the caller says, if that can be, or what names and shapes tell.
+
+    Raises:
+        CheckpointError: If they fit several.
+    """
+    if given == "megatron":
+        has_gates = any(key.startswith(f"{layer.prefix}gates.") for key in state)
+        return detect_layout(layer, state, num_local_experts) if has_gates else "megatron"
+    return given or detect_layout(layer, state, num_local_experts)
 
 
 def detect_layout(layer: Layer, state: Mapping[str, Any], num_local_experts: int) -> FileLayout:
@@ -112,7 +125,7 @@ def modern(state: Mapping[str, Any], layouts: Mapping[Layer, FileLayout]) -> Map
         if layout in LAYOUTS
         for old, name in _OLD_NAMES.items()
     }
-    layout_of = dict(renamed.values())
+    layout_by_key = dict(renamed.values())
 
     def convert(key: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dim() < 2:
@@ -121,6 +134,6 @@ def modern(state: Mapping[str, Any], layouts: Mapping[Layer, FileLayout]) -> Map
         if name.endswith("bias"):  # [e, 1, .], or [1, .] of one expert
             return value.reshape(-1, value.shape[-1])
         value = value.unsqueeze(0) if value.dim() == 2 else value
-        return value.transpose(1, 2) if name == "batched_fc1_w" and layout_of[key] == "v0.1.4" else value
+        return value.transpose(1, 2) if name == "batched_fc1_w" and layout_by_key[key] == "v0.1.4" else value
 
     return Renamed(state, {old: new for old, (new, _) in renamed.items()}, convert) if renamed else state

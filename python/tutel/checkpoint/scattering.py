@@ -14,7 +14,7 @@ from tutel.checkpoint.errors import CheckpointError, refuse
 from tutel.checkpoint.gathering import common_layers, divisions_of
 from tutel.checkpoint.keys import COUNT, Layer, layer_of, numbered
 from tutel.checkpoint.llama import is_flat, unflatten
-from tutel.checkpoint.older import FileLayout, check_file_layout, detect_layout, modern
+from tutel.checkpoint.older import FileLayout, check_file_layout, layout_of, modern
 from tutel.errors import check_int
 
 
@@ -35,7 +35,7 @@ def scatter_state(
         world_size: W, ranks of the group: E must be a multiple of it or divide it.
         rank: The rank, from 0.
         default_num_global_experts: E of layers whose state does not tell.
-        layout: Of the experts: 'batched', 'modules', 'v0.1.4' or 'v0.1.5', where names and shapes do not tell.
+        layout: As in :func:`gather_states`.
         shard_dims: For ranks that share an expert of a custom class: along which dimension of [E, ...] its parameters
             are cut into equal pieces, by their names within ``experts``.
         model_dim: D, which flat weights of ``llama_ffn`` need where the gate does not tell.
@@ -54,7 +54,7 @@ def scatter_state(
         raise ValueError(f"rank must be below world_size ({world_size}), got {rank}")
     layers = common_layers([state], ["the state"], default_num_global_experts)
     given = check_file_layout(layout)
-    layouts = {layer: given or detect_layout(layer, state, layer.num_experts) for layer in layers}
+    layouts = {layer: layout_of(layer, state, given, layer.num_experts) for layer in layers}
     state = modern(state, layouts)
     shares = {
         layer: _Share(layer, layouts[layer], world_size, rank, divisions_of(layer, state, shard_dims), dim)
@@ -73,7 +73,8 @@ def scatter_state(
         except (ValueError, RuntimeError) as error:
             problems.append(f"{key}: {error}")
     refuse(f"the state cannot be divided over {world_size} ranks", problems)
-    return own | {layer.prefix + COUNT: torch.tensor(layer.num_experts) for layer in layers}
+    counts = {layer: world_size if layouts[layer] == "megatron" else layer.num_experts for layer in layers}
+    return own | {layer.prefix + COUNT: torch.tensor(count) for layer, count in counts.items()}
 
 
 class _Share:
@@ -93,6 +94,8 @@ class _Share:
             self.e, self.n = experts_and_shards(layer.num_experts, ranks)
         except ValueError as error:
             raise CheckpointError(f"{layer.title}: {error}") from None
+        if layout == "megatron" and layer.num_experts != 1:
+            raise CheckpointError(f"{layer.title}: only one expert can be cut into parts, got {layer.num_experts}")
         if layout == "modules" and self.n > 1:
             raise CheckpointError(f"{layer.title}: a module cannot be shared by {self.n} ranks")
         self.first, self.shard = rank // self.n * self.e, rank % self.n
@@ -122,6 +125,8 @@ class _Share:
         division = self.divisions.get(name)
         if division is None:
             raise ValueError(f"{self.n} ranks would share an expert, and it is not known how: say by shard_dims")
+        if self.layout == "megatron" and division.padded:
+            return {key: own if self.shard == 0 else torch.zeros_like(own)}  # all ranks' are added
         if division.dim >= own.dim():
             raise ValueError(f"its shape {list(value.shape)} has no dimension {division.dim}")
         return {key: division.cut(own, self.n, self.shard)}

@@ -21,7 +21,8 @@ The same bytes cross between nodes, in messages m times as large; inside, nearly
 collective communication operations in MPICH*, 2005): p - 1 steps, in each of which every rank passes on one part,
 ``(p - 1) (a + b / B)``. In a ring over nodes, one rank of each node sends to another node, and has for itself what the
 node's q ranks in the ring have together: B = min(B_in, q B_out), and a = a_out. Blocks of p neighbours that do not fit
-into nodes have q = gcd(p, m).
+into nodes have q = gcd(p, m). A step waits for the one before, while the messages of an all-to-all do not wait for each
+other: where that makes steps longer, a is a latency of its own here.
 
 **Modes** (Hwang et al., *Tutel: Adaptive Mixture-of-Experts at Scale*, MLSys 2023; its P1 and P2 are r = 1 and r = n).
 An expert has P = (matrices - 1) H D + H D_out weights, and perhaps H + D_out biases. Forward:
@@ -161,6 +162,8 @@ class Links:
         latency_inter: The same between nodes.
         node_size: m, ranks of a node; where it does not divide the number of ranks, each rank counts as a node.
         rate: Floating-point operations a second of the experts' products.
+        step_intra: Seconds that a step of a ring inside a node takes at least; None: as long as a message.
+        step_inter: The same over several nodes.
         compares: Whether ranks compare what they bring before they gather weights, as they do on the CPU.
 
     Raises:
@@ -174,13 +177,16 @@ class Links:
     latency_inter: float
     node_size: int
     rate: float
+    step_intra: float | None = None
+    step_inter: float | None = None
     compares: bool = False
 
     def __post_init__(self) -> None:
         check_bool("compares", self.compares)
         check_int("node_size", self.node_size, at_least=1)
-        for name in ("latency_intra", "latency_inter"):
-            check_number(name, getattr(self, name), at_least=0)
+        for name in ("latency_intra", "latency_inter", "step_intra", "step_inter"):
+            if getattr(self, name) is not None or name.startswith("latency"):
+                check_number(name, getattr(self, name), at_least=0)
         for name in ("intra", "inter", "rate"):
             if check_number(name, getattr(self, name)) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
@@ -339,7 +345,8 @@ def _ring(parts: list[float], members: int, m: int, links: Links) -> _Sent:
         parts = [*parts, *[_COMPARED] * len(parts)]
     within = m % members == 0
     bandwidth = links.intra if within else min(links.intra, math.gcd(members, m) * links.inter)
-    latency = links.latency_intra if within else links.latency_inter
+    step = links.step_intra if within else links.step_inter
+    latency = step if step is not None else links.latency_intra if within else links.latency_inter
     steps = members - 1
     sent = steps * sum(parts)
     return _Sent(sent, steps * len(parts), steps * len(parts) * latency + sent / bandwidth)

@@ -19,7 +19,7 @@ _SMALL = 4
 _ROUNDS = 5
 _PRODUCT = 512
 #: Where there is nobody to talk to: no cost depends on it.
-_ANY = {"intra": 1e9, "inter": 1e9, "latency_intra": 0.0, "latency_inter": 0.0}
+_ANY = {"intra": 1e9, "inter": 1e9, "latency_intra": 0.0, "latency_inter": 0.0, "step_intra": 0.0, "step_inter": 0.0}
 
 _measured: "weakref.WeakKeyDictionary[object, Links]" = weakref.WeakKeyDictionary()
 
@@ -44,10 +44,10 @@ def measured_links(group: Group = None) -> Links:
 
 
 def _spread(known: dict[str, float]) -> dict[str, float]:
-    """Give one latency of the environment to both kinds of links."""
+    """Give one latency of the environment to all kinds of messages."""
     found = {name: value for name, value in known.items() if name != "latency"}
     if "latency" in known:
-        found["latency_intra"] = found["latency_inter"] = known["latency"]
+        found |= dict.fromkeys(("latency_intra", "latency_inter", "step_intra", "step_inter"), known["latency"])
     return found
 
 
@@ -67,13 +67,16 @@ def _link_speeds(group: Group, m: int) -> dict[str, float]:
     found = {}
     if m > 1:
         found["latency_intra"], found["intra"] = _exchange_speed(inside)
+        found["step_intra"] = _step_seconds(inside)
     if m < world_size(group):
         # All ranks of a node send at once, as they do when rows are exchanged.
         found["latency_inter"], found["inter"] = _exchange_speed(across)
+        found["step_inter"] = _step_seconds(group)
     # Where there is one kind of links, no cost depends on the other.
-    usual = {"intra": found.get("inter"), "inter": found.get("intra")}
-    usual |= {"latency_intra": found.get("latency_inter"), "latency_inter": found.get("latency_intra")}
-    return {name: speed for name, speed in {**usual, **found}.items() if speed is not None}
+    for kind, other in (("intra", "inter"), ("inter", "intra")):
+        if kind not in found:
+            found |= {f"{name}{kind}": found[f"{name}{other}"] for name in ("", "latency_", "step_")}
+    return found
 
 
 def _links(found: dict[str, float], m: int) -> Links:
@@ -84,15 +87,17 @@ def _links(found: dict[str, float], m: int) -> Links:
         latency_inter=found["latency_inter"],
         node_size=m,
         rate=found["rate"],
+        step_intra=found["step_intra"],
+        step_inter=found["step_inter"],
         compares=bool(found.get("compares")),
     )
 
 
 def _slowest(found: dict[str, float], group: Group) -> dict[str, float]:
-    """Agree on the longest latency and the least of all speeds over the ranks."""
+    """Agree on the longest latencies and steps, and the least of all speeds, over the ranks."""
     names = sorted(found)
     # The largest of minus the speeds: one reduction, and no speed is rounded by being inverted.
-    signs = [1 if name.startswith("latency") else -1 for name in names]
+    signs = [1 if name.startswith(("latency", "step")) else -1 for name in names]
     values = torch.tensor(
         [sign * found[name] for sign, name in zip(signs, names, strict=True)],
         dtype=torch.float64,
@@ -119,6 +124,16 @@ def _exchange_speed(group: Group) -> tuple[float, float]:
     messages = ranks - 1
     longer = max(seconds[1] - seconds[0], 1e-9)
     return seconds[0] / messages, messages * size / longer
+
+
+def _step_seconds(group: Group) -> float:
+    """Return the seconds of a step of a ring; a gather has one step less than there are ranks."""
+    ranks, device = world_size(group), group_device(group)
+    part = torch.zeros(_SMALL, dtype=torch.uint8, device=device)
+    parts = torch.empty(ranks * _SMALL, dtype=torch.uint8, device=device)
+    with stage("measuring the speed of links", group):
+        seconds = _best(lambda: distributed.all_gather_into_tensor(parts, part, group=group), device)
+    return seconds / (ranks - 1)
 
 
 def _product_rate(device: torch.device) -> float:

@@ -118,8 +118,10 @@ def _meet(launched: env.Launch, timeout: datetime.timedelta) -> Any:
         raise failure.RankError(text, launched.rank, "start", [0]) from cause
     master = launched.rank == 0 and not place.by_agent
     store = _TCPStore(place.host, place.port, None, master, timeout, wait_for_workers=False)
-    # A launcher that starts the processes again may keep its store, with the keys of the attempt that failed.
-    store = _PrefixStore(f"attempt {place.attempt}", store)
+    if not place.by_agent or place.agents == 1:
+        # One launcher may keep its store when it starts processes again: what they wrote before must not count.
+        # Several count their attempts each for itself, and make a new store each time.
+        store = _PrefixStore(f"attempt {place.attempt}", store)
     try:
         missing = _missing(_PrefixStore("start", store), launched, until)
     except distributed.DistError as error:

@@ -18,6 +18,7 @@ environment:
   TUTEL_CUDA_SANDBOX  2: each process sees one CUDA device, its own
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -48,11 +49,13 @@ def torch_arguments(task: env.LauncherTask) -> list[str]:
 
 
 def take_whole_host() -> None:
-    """Undo the binding of this task: mpiexec binds each to one core by default, and this one stands for a host.
+    """Undo mpiexec's binding of this task, to one core by default: it stands for a host.
 
-    What it may use is what the process may that started it, so limits of containers, schedulers and users hold.
+    It may use what the process may that started it, so limits of containers, schedulers and users hold.
     """
-    os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()) | os.sched_getaffinity(0))
+    # A sandbox may forbid it: the binding stays then, which makes processes slow, but not wrong.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()) | os.sched_getaffinity(0))
 
 
 def start_one(program: list[str], task: env.LauncherTask) -> NoReturn:
@@ -69,7 +72,7 @@ def start_one(program: list[str], task: env.LauncherTask) -> NoReturn:
 
 def start_all(program: list[str], task: env.LauncherTask) -> int:
     """Start the processes of this host and wait for them; return the exit status of the first that failed, or 0."""
-    if task.count > 0:
+    if task.by_mpi:
         take_whole_host()
     env.default_omp_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, task.local_size)))
     try:

@@ -5,8 +5,10 @@ use crate::operand::Operand;
 
 /// Registers side by side in a panel.
 pub(crate) const VECTORS: usize = 2;
+/// Columns of the widest panel.
+const WIDEST: usize = 32;
 /// Units of the inner dimension between two announcements of memory.
-pub(crate) const RUN: usize = 64;
+pub(crate) const RUN: usize = 16;
 
 /// How one processor multiplies elements of one type.
 ///
@@ -42,6 +44,29 @@ pub(crate) unsafe trait Kernel {
     unsafe fn add(left: Self::Register, right: Self::Register) -> Self::Register;
     /// Reads `LANES` units.
     unsafe fn factor(units: *const Self::Unit) -> Self::Factor;
+    /// The units of a panel's columns whose elements are at `first` and, where `DEPTH` is 2, at `second`; zero where there is
+    /// no second row.
+    #[inline(always)]
+    unsafe fn factors_across(
+        first: *const Self::Element,
+        second: Option<*const Self::Element>,
+    ) -> [Self::Factor; VECTORS] {
+        let mut units = [Self::Unit::default(); WIDEST];
+        // SAFETY: our caller vouches for a panel's elements, of which no kernel has more than there is room for, and for the
+        // features.
+        unsafe {
+            Self::pack_across(
+                first,
+                second,
+                const {
+                    assert!(Self::PANEL <= WIDEST);
+                    Self::PANEL
+                },
+                units.as_mut_ptr(),
+            );
+            [Self::factor(units.as_ptr()), Self::factor(units.as_ptr().add(Self::LANES))]
+        }
+    }
     /// `sum + left * right`, the one unit at `left` for all lanes.
     unsafe fn step(sum: Self::Register, left: *const Self::Unit, right: Self::Factor) -> Self::Register;
     /// Announces that the memory at an address, which need not be valid, will be read soon (but not next).
@@ -58,7 +83,7 @@ pub(crate) unsafe trait Kernel {
         target: *mut Self::Unit,
     );
     /// Writes to `target[u * target_stride + c]`, `c < count`, `u < depth.div_ceil(DEPTH)`, the unit whose elements are
-    /// `source[c * stride + u * DEPTH + d]`; elements beyond `depth` are zero. May announce as much memory as it reads.
+    /// `source[c * stride + u * DEPTH + d]`; elements beyond `depth` are zero. May announce some of the memory that is read next.
     unsafe fn pack_along(
         source: Rows<Self::Element>,
         depth: usize,

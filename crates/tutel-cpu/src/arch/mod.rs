@@ -9,6 +9,7 @@
 mod aarch64;
 mod choose;
 mod compiled;
+mod few;
 mod kernel;
 mod level;
 mod memory;

@@ -97,7 +97,7 @@ unsafe impl<T: Operand> Kernel for Portable<T> {
 /// # Safety
 /// There are `count` elements and as many places for the result.
 #[inline(always)]
-pub(crate) unsafe fn widen<T: Element>(source: *const T, count: usize, target: *mut T::Accumulator) {
+unsafe fn widen<T: Element>(source: *const T, count: usize, target: *mut T::Accumulator) {
     // SAFETY: our caller vouches for the lengths; targets are initialised buffers of the packing code.
     unsafe {
         let target = std::slice::from_raw_parts_mut(target, count);
@@ -106,6 +106,7 @@ pub(crate) unsafe fn widen<T: Element>(source: *const T, count: usize, target: *
 }
 
 /// The packing of [`Portable`], for kernels that have none of their own.
+#[cfg(target_arch = "aarch64")]
 macro_rules! packed_portably {
     ($element:ty, $unit:ty) => {
         #[inline(always)]
@@ -132,5 +133,5 @@ macro_rules! packed_portably {
         }
     };
 }
-#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
+#[cfg(target_arch = "aarch64")]
 pub(super) use packed_portably;

@@ -10,12 +10,14 @@
 //!                             add the sums of the blocks before; give them to the epilogue after the last
 //! ```
 //! A sum is made of chains of steps in the order of the inner dimension, one chain a block, so its bits do not depend on
-//! the other rows and columns. With few rows, packing is most of the work and the right factor comes from memory: then
-//! a block is packed and multiplied in chunks that stay in the first-level cache, and the chains go on from chunk to chunk.
+//! the other rows and columns. With few rows, the right factor comes from memory and every element is used a few times
+//! only: then a block is multiplied in chunks, and the chains go on from chunk to chunk. A chunk whose columns lie side by
+//! side goes to the registers as it is; others are packed into the first-level cache.
 use std::ops::Range;
 
 use num_traits::Zero;
 
+use super::few::{memory_rows, panels_at_once};
 use super::kernel::{Ahead, Destination, Kernel, PackedRows, RUN, Rows, VECTORS, step_rows};
 use super::pack::{pack_left, pack_right};
 use crate::epilogue::Epilogue;
@@ -30,6 +32,10 @@ const CHUNK_COLUMNS: usize = 256;
 const TRANSPOSED_CHUNK: usize = 128;
 /// Chunks that are announced before they are packed.
 const CHUNKS_AHEAD: usize = 2;
+/// Units times panels at once of a chunk that goes to the registers as it is, and bytes of the sums that are under way at
+/// once: they stay in the first-level cache, and rows are to be read in pieces as long as that allows.
+const PLAIN_CHUNK: usize = 32;
+const PLAIN_SUMS: usize = 16 * 1024;
 /// Bytes of the columns of the right factor that are packed at once, so that two blocks, this and the one announced, stay
 /// in the second-level cache.
 const COLUMN_BYTES: usize = 512;
@@ -67,6 +73,8 @@ struct Step {
     block: Range<usize>,
     chunk: Range<usize>,
     columns: Range<usize>,
+    /// Whether the chunk is multiplied as it lies in memory.
+    plain: bool,
 }
 
 /// The blocks of all terms, in the order in which they are added.
@@ -79,24 +87,39 @@ fn blocks<K: Kernel>(terms: &[Term<'_, K::Element>]) -> Vec<(usize, Range<usize>
     terms.iter().enumerate().flat_map(of_term).collect()
 }
 
-fn steps<K: Kernel>(terms: &[Term<'_, K::Element>], block: &(usize, Range<usize>), few: bool) -> Vec<Step> {
+fn steps<K: Kernel>(terms: &[Term<'_, K::Element>], block: &(usize, Range<usize>), rows: usize) -> Vec<Step> {
     let right = terms[block.0].right;
+    let few = rows <= K::ROWS;
     let (width, chunk) = match (few, right.transposed) {
         (false, _) => (COLUMN_BYTES / size_of::<K::Unit>(), BLOCK),
         (true, false) => (CHUNK_COLUMNS, CHUNK),
         (true, true) => (K::PANEL, TRANSPOSED_CHUNK),
     };
-    let chunk = chunk * K::DEPTH;
-    let columns = right.columns();
     let mut steps = Vec::new();
-    for column in (0..columns).step_by(width) {
-        for start in block.1.clone().step_by(chunk) {
-            let chunk = start..block.1.end.min(start + chunk);
-            let columns = column..columns.min(column + width);
-            steps.push(Step { term: block.0, block: block.1.clone(), chunk, columns });
+    let mut cut = |columns: Range<usize>, width: usize, depth: Range<usize>, chunk: usize, plain: bool| {
+        for column in columns.clone().step_by(width) {
+            for start in depth.clone().step_by(chunk * K::DEPTH) {
+                let chunk = start..depth.end.min(start + chunk * K::DEPTH);
+                let columns = column..columns.end.min(column + width);
+                steps.push(Step { term: block.0, block: block.1.clone(), chunk, columns, plain });
+            }
         }
-    }
+    };
+    let columns = right.columns();
+    let whole = if few && !right.transposed && right.view.stride().is_some() {
+        columns - columns % (panels_at_once::<K>(rows) * K::PANEL)
+    } else {
+        0
+    };
+    cut(0..whole, plain_width::<K>(rows), block.1.clone(), PLAIN_CHUNK / panels_at_once::<K>(rows), true);
+    cut(whole..columns, width, block.1.clone(), chunk, false);
     steps
+}
+
+/// Columns of a step that is not packed.
+fn plain_width<K: Kernel>(rows: usize) -> usize {
+    let least = panels_at_once::<K>(rows) * K::PANEL;
+    (PLAIN_SUMS / size_of::<K::Sum>() / rows / least).max(1) * least
 }
 
 /// The memory of a block of a right factor.
@@ -146,12 +169,13 @@ pub(crate) unsafe fn product<K: Kernel>(
     }
     let few = rows <= K::ROWS;
     let stride = columns.next_multiple_of(K::PANEL);
-    sums.tile.resize(K::ROWS * if few { CHUNK_COLUMNS } else { K::PANEL }, K::Sum::zero());
+    let tile = if few { rows * columns.next_multiple_of(K::PANEL).max(CHUNK_COLUMNS) } else { K::ROWS * K::PANEL };
+    sums.tile.resize(tile, K::Sum::zero());
     if blocks.len() > 1 {
         sums.partial.resize(rows * stride, K::Sum::zero());
     }
     for (position, block) in blocks.iter().enumerate() {
-        let steps = steps::<K>(terms, block, few);
+        let steps = steps::<K>(terms, block, rows);
         let after = match blocks.get(position + 1) {
             Some(block) => Some((terms[block.0].right, block.1.clone())),
             None => next.map(|next| (next, 0..next.rows().min(BLOCK * K::DEPTH))),
@@ -161,13 +185,19 @@ pub(crate) unsafe fn product<K: Kernel>(
         let stage = Stage { rows, columns, stride, few, first: position == 0, last: position + 1 == blocks.len() };
         for (index, step) in steps.iter().enumerate() {
             let right = terms[step.term].right;
-            let mut ahead = match (steps.get(index + if few { CHUNKS_AHEAD } else { 1 }), &after) {
+            let mut ahead = match (steps.get(index + if few && !step.plain { CHUNKS_AHEAD } else { 1 }), &after) {
                 (Some(step), _) => memory(right, step.chunk.clone(), step.columns.clone()),
                 (None, Some((right, depth))) => {
                     memory(*right, depth.clone(), 0..right.columns().min(step.columns.len()))
                 }
                 (None, None) => Ahead::nothing(),
             };
+            if step.plain {
+                let source = Source::Memory(plain::<K>(right, step));
+                // SAFETY: the step's chunk lies in the factor; features: our caller.
+                unsafe { multiply_step::<K>(stage, step, left, source, sums, &mut ahead, epilogue) };
+                continue;
+            }
             let units = step.chunk.len().div_ceil(K::DEPTH);
             packed.right.resize(units * step.columns.len().next_multiple_of(K::PANEL), K::Unit::default());
             // With many rows, the memory has been announced while the step before was computed.
@@ -176,7 +206,8 @@ pub(crate) unsafe fn product<K: Kernel>(
             // SAFETY: features: our caller.
             unsafe {
                 pack_right::<K>(right, step.chunk.clone(), step.columns.clone(), meanwhile, &mut packed.right);
-                multiply_step::<K>(stage, step, left, &packed.right, sums, &mut ahead, epilogue);
+                let source = Source::Packed(&packed.right);
+                multiply_step::<K>(stage, step, left, source, sums, &mut ahead, epilogue);
             }
         }
     }
@@ -197,16 +228,42 @@ struct Stage {
     last: bool,
 }
 
-/// Multiplies all rows of a packed block by the packed columns of one step.
+/// What a step multiplies by.
+enum Source<'a, K: Kernel> {
+    /// Panels.
+    Packed(&'a [K::Unit]),
+    /// The step's chunk as it lies in memory, whose columns are a whole number of [`panels_at_once`].
+    Memory(Rows<K::Element>),
+}
+
+/// A step's chunk as it lies in memory.
+fn plain<K: Kernel>(right: Factor<'_, K::Element>, step: &Step) -> Rows<K::Element> {
+    let stride = right.view.stride().expect("a right factor that is not gathered");
+    let (rows, columns) = (&step.chunk, &step.columns);
+    Rows { first: right.view.pointer(rows.start, columns.start, rows.len(), columns.len()), stride }
+}
+
+/// Lines to announce at a time in a step of so many calls: where rows are few, as much as is read, since what follows may be
+/// more than a step.
+fn portion<K: Kernel>(ahead: &Ahead, step: &Step, few: bool, panels: usize, calls: usize) -> usize {
+    let units = step.chunk.len().div_ceil(K::DEPTH);
+    let run = if step.plain { 1 } else { RUN };
+    let read = run * K::DEPTH * panels * K::PANEL * size_of::<K::Element>();
+    let portion = ahead.portion(calls * units.div_ceil(run));
+    if few { portion.min(read.div_ceil(Ahead::LINE)) } else { portion }
+}
+
+/// Multiplies all rows of a packed block by the columns of one step.
 ///
 /// # Safety
-/// `left` are the stage's packed rows with the units of the step's block; the processor has the kernel's features.
+/// `left` are the stage's packed rows with the units of the step's block; the source has the chunk of the step; the
+/// processor has the kernel's features.
 #[inline(always)]
 unsafe fn multiply_step<K: Kernel>(
     stage: Stage,
     step: &Step,
     left: PackedRows<K::Unit>,
-    right: &[K::Unit],
+    source: Source<'_, K>,
     sums: &mut Sums<K::Sum>,
     ahead: &mut Ahead,
     epilogue: &mut Epilogue<'_, K::Element>,
@@ -216,17 +273,19 @@ unsafe fn multiply_step<K: Kernel>(
     let done = (step.chunk.start - step.block.start) / K::DEPTH;
     let whole = step.chunk.end == step.block.end;
     let (to_partial, add_partial) = (whole && !last, whole && !first);
-    let calls = rows.div_ceil(K::ROWS) * step.columns.len().div_ceil(K::PANEL);
-    let portion = if few { 0 } else { ahead.portion(calls * units.div_ceil(RUN)) };
+    let (panels, tile_rows) =
+        (if step.plain { panels_at_once::<K>(rows) } else { 1 }, if few { rows } else { K::ROWS });
+    let calls = rows.div_ceil(K::ROWS) * step.columns.len().div_ceil(panels * K::PANEL);
+    let portion = portion::<K>(ahead, step, few, panels, calls);
     for row in (0..rows).step_by(K::ROWS) {
         let count = K::ROWS.min(rows - row);
         let offset = row * left.rows.stride + done * left.step;
         // SAFETY: the packed block has these rows and units.
         let from = unsafe { left.rows.first.add(offset) };
         let left = PackedRows { rows: Rows { first: from, stride: left.rows.stride }, step: left.step };
-        for column in step.columns.clone().step_by(K::PANEL) {
-            let panel = column - step.columns.start;
-            let tile = &mut sums.tile[if few { panel * K::ROWS } else { 0 }..][..K::ROWS * K::PANEL];
+        for column in step.columns.clone().step_by(panels * K::PANEL) {
+            let offset = column - step.columns.start;
+            let tile = &mut sums.tile[if few { offset * rows } else { 0 }..][..tile_rows * panels * K::PANEL];
             let partial = if to_partial || add_partial {
                 sums.partial[row * stride + column..(row + count) * stride].as_mut_ptr()
             } else {
@@ -235,7 +294,7 @@ unsafe fn multiply_step<K: Kernel>(
             if whole && last {
                 for i in 0..count {
                     let place = epilogue.place(row + i, column);
-                    for vector in 0..VECTORS {
+                    for vector in 0..panels * VECTORS {
                         // SAFETY: an announcement; features: our caller.
                         unsafe { K::prefetch_near(place.wrapping_add(vector * K::LANES)) };
                     }
@@ -243,13 +302,24 @@ unsafe fn multiply_step<K: Kernel>(
             }
             let continued = done > 0;
             let sums = Destination { tile: tile.as_mut_ptr(), partial, stride, continued, add_partial, to_partial };
-            let right = right[panel * units..][..units * K::PANEL].as_ptr();
-            // SAFETY: the tile has ROWS rows of a panel's columns and so have, from that column on, the partial sums of
-            // `count` rows; `units` rows of the panel are at `right`, and `count` packed rows of `units` at `left`;
-            // features: our caller.
-            unsafe { step_rows::<K>(count, units, left, right, sums, ahead, portion) };
+            // SAFETY: the tile has `count` rows or more of the panels' columns and so have, from that column on, the partial
+            // sums; `units` rows of them are at the source, and `count` packed rows of `units` at `left`; features: our caller.
+            unsafe {
+                match &source {
+                    Source::Packed(right) => {
+                        let right = right[offset * units..][..units * K::PANEL].as_ptr();
+                        step_rows::<K>(count, units, left, right, sums, ahead, portion);
+                    }
+                    Source::Memory(right) => {
+                        let right = Rows { first: right.first.add(offset), stride: right.stride };
+                        memory_rows::<K>(count, step.chunk.len(), left, right, sums, ahead, portion);
+                    }
+                }
+            }
             if whole && last {
-                finish::<K>(epilogue, row, column, columns, &mut tile[..count * K::PANEL]);
+                for (panel, tile) in tile.chunks_exact_mut(tile_rows * K::PANEL).enumerate() {
+                    finish::<K>(epilogue, row, column + panel * K::PANEL, columns, &mut tile[..count * K::PANEL]);
+                }
             }
         }
     }

@@ -6,9 +6,10 @@ use std::arch::x86_64::{
 };
 use std::marker::PhantomData;
 
-use crate::arch::kernel::{Ahead, Kernel, Rows};
-use crate::arch::portable::{Portable, packed_portably};
-use crate::operand::Operand;
+use super::transpose::{Eight, Four64, pack_floats, transpose_units};
+use super::widen::{Widen, widen_eights};
+use crate::arch::kernel::{Ahead, Kernel, Rows, VECTORS};
+use crate::arch::portable::Portable;
 
 /// Elements whose accumulator is f32.
 pub(crate) struct Avx2<T>(PhantomData<T>);
@@ -79,7 +80,7 @@ macro_rules! float_kernel {
 pub(super) use float_kernel;
 
 // SAFETY: needs avx2, fma, f16c.
-unsafe impl<T: Operand<Accumulator = f32>> Kernel for Avx2<T> {
+unsafe impl<T: Widen> Kernel for Avx2<T> {
     type Element = T;
     float_kernel!(
         f32,
@@ -94,7 +95,28 @@ unsafe impl<T: Operand<Accumulator = f32>> Kernel for Avx2<T> {
         _mm256_fmadd_ps
     );
 
-    packed_portably!(T, f32);
+    #[inline(always)]
+    unsafe fn factors_across(first: *const T, _second: Option<*const T>) -> [__m256; VECTORS] {
+        // SAFETY: our caller vouches for a panel's elements and for the features.
+        unsafe { [T::eight(first), T::eight(first.add(Self::LANES))] }
+    }
+    #[inline(always)]
+    unsafe fn pack_across(first: *const T, _second: Option<*const T>, count: usize, target: *mut f32) {
+        // SAFETY: passed on from our caller.
+        unsafe { widen_eights(first, count, target) }
+    }
+    #[inline(always)]
+    unsafe fn pack_along(
+        source: Rows<T>,
+        depth: usize,
+        count: usize,
+        target: *mut f32,
+        target_stride: usize,
+        ahead: &mut Ahead,
+    ) {
+        // SAFETY: passed on from our caller.
+        unsafe { pack_floats::<Self, Eight, T>(source, depth, count, target, target_stride, ahead) }
+    }
 }
 
 // SAFETY: needs avx2, fma.
@@ -113,5 +135,27 @@ unsafe impl Kernel for Avx2F64 {
         _mm256_fmadd_pd
     );
 
-    packed_portably!(f64, f64);
+    #[inline(always)]
+    unsafe fn pack_across(first: *const f64, second: Option<*const f64>, count: usize, target: *mut f64) {
+        // SAFETY: passed on from our caller.
+        unsafe { Portable::<f64>::pack_across(first, second, count, target) }
+    }
+    #[inline(always)]
+    unsafe fn pack_along(
+        source: Rows<f64>,
+        depth: usize,
+        count: usize,
+        target: *mut f64,
+        target_stride: usize,
+        ahead: &mut Ahead,
+    ) {
+        // SAFETY: passed on from our caller; the bits of elements are moved as they are.
+        unsafe {
+            if count == 1 && target_stride == 1 {
+                return Portable::<f64>::pack_along(source, depth, count, target, target_stride, ahead);
+            }
+            let source = Rows { first: source.first.cast(), stride: source.stride };
+            transpose_units::<Self, Four64>(source, depth, count, target.cast(), target_stride, ahead);
+        }
+    }
 }

@@ -6,10 +6,10 @@ use std::arch::x86_64::{
 use std::marker::PhantomData;
 
 use super::avx2::{float_kernel, prefetched};
-use super::transpose::transpose_units;
-use crate::arch::kernel::{Ahead, Kernel, Rows};
-use crate::arch::portable::{Portable, packed_portably, widen};
-use crate::operand::Operand;
+use super::transpose::{Eight64, Sixteen, pack_floats, transpose_units};
+use super::widen::{Widen, widen_sixteens};
+use crate::arch::kernel::{Ahead, Kernel, Rows, VECTORS};
+use crate::arch::portable::Portable;
 
 /// Elements whose accumulator is f32.
 pub(crate) struct Avx512<T>(PhantomData<T>);
@@ -17,7 +17,7 @@ pub(crate) struct Avx512<T>(PhantomData<T>);
 pub(crate) struct Avx512F64;
 
 // SAFETY: needs avx512f, f16c.
-unsafe impl<T: Operand<Accumulator = f32>> Kernel for Avx512<T> {
+unsafe impl<T: Widen> Kernel for Avx512<T> {
     type Element = T;
     float_kernel!(
         f32,
@@ -33,16 +33,18 @@ unsafe impl<T: Operand<Accumulator = f32>> Kernel for Avx512<T> {
     );
 
     #[inline(always)]
-    unsafe fn pack_across(first: *const T, second: Option<*const T>, count: usize, target: *mut f32) {
-        // SAFETY: passed on from our caller; elements that are their own accumulator are f32.
+    unsafe fn factors_across(first: *const T, _second: Option<*const T>) -> [__m512; VECTORS] {
+        // SAFETY: our caller vouches for a panel's elements and for the features.
+        unsafe { [T::sixteen(first), T::sixteen(first.add(Self::LANES))] }
+    }
+    #[inline(always)]
+    unsafe fn pack_across(first: *const T, _second: Option<*const T>, count: usize, target: *mut f32) {
+        // SAFETY: passed on from our caller. Twice, once with a length that the compiler knows.
         unsafe {
-            if T::IS_ACCUMULATOR && count == Self::PANEL {
-                let source = first.cast::<f32>();
-                for column in [0, Self::LANES] {
-                    _mm512_storeu_ps(target.add(column), _mm512_loadu_ps(source.add(column)));
-                }
+            if count == Self::PANEL {
+                widen_sixteens(first, Self::PANEL, target);
             } else {
-                Portable::<T>::pack_across(first, second, count, target);
+                widen_sixteens(first, count, target);
             }
         }
     }
@@ -55,29 +57,8 @@ unsafe impl<T: Operand<Accumulator = f32>> Kernel for Avx512<T> {
         target_stride: usize,
         ahead: &mut Ahead,
     ) {
-        // SAFETY: passed on from our caller. Where elements are f32, their bits are moved as they are; other types are
-        // widened row by row into a small square first.
-        unsafe {
-            if count == 1 && target_stride == 1 {
-                widen(source.first, depth, target);
-            } else if T::IS_ACCUMULATOR {
-                let source = Rows { first: source.first.cast(), stride: source.stride };
-                transpose_units::<Self>(source, depth, count, target.cast(), target_stride, ahead);
-            } else {
-                const SQUARE: usize = 64;
-                let mut rows = [[0f32; SQUARE]; 32];
-                for start in (0..depth).step_by(SQUARE) {
-                    let taken = SQUARE.min(depth - start);
-                    for (column, row) in rows.iter_mut().enumerate().take(count) {
-                        ahead.announce::<Self>((taken * size_of::<T>()).div_ceil(Ahead::LINE));
-                        widen(source.first.add(column * source.stride + start), taken, row.as_mut_ptr());
-                    }
-                    let target = target.add(start * target_stride).cast();
-                    let rows = Rows { first: rows.as_ptr().cast(), stride: SQUARE };
-                    transpose_units::<Self>(rows, taken, count, target, target_stride, &mut Ahead::nothing());
-                }
-            }
-        }
+        // SAFETY: passed on from our caller.
+        unsafe { pack_floats::<Self, Sixteen, T>(source, depth, count, target, target_stride, ahead) }
     }
 }
 
@@ -97,5 +78,32 @@ unsafe impl Kernel for Avx512F64 {
         _mm512_fmadd_pd
     );
 
-    packed_portably!(f64, f64);
+    #[inline(always)]
+    unsafe fn factors_across(first: *const f64, _second: Option<*const f64>) -> [__m512d; VECTORS] {
+        // SAFETY: our caller vouches for a panel's elements and for the features.
+        unsafe { [_mm512_loadu_pd(first), _mm512_loadu_pd(first.add(Self::LANES))] }
+    }
+    #[inline(always)]
+    unsafe fn pack_across(first: *const f64, second: Option<*const f64>, count: usize, target: *mut f64) {
+        // SAFETY: passed on from our caller.
+        unsafe { Portable::<f64>::pack_across(first, second, count, target) }
+    }
+    #[inline(always)]
+    unsafe fn pack_along(
+        source: Rows<f64>,
+        depth: usize,
+        count: usize,
+        target: *mut f64,
+        target_stride: usize,
+        ahead: &mut Ahead,
+    ) {
+        // SAFETY: passed on from our caller; the bits of elements are moved as they are.
+        unsafe {
+            if count == 1 && target_stride == 1 {
+                return Portable::<f64>::pack_along(source, depth, count, target, target_stride, ahead);
+            }
+            let source = Rows { first: source.first.cast(), stride: source.stride };
+            transpose_units::<Self, Eight64>(source, depth, count, target.cast(), target_stride, ahead);
+        }
+    }
 }
