@@ -111,6 +111,11 @@ def end_ranks(
         return [_ended(Path(folder), rank, process, seconds[rank], timeout) for rank, process in enumerate(processes)]
 
 
+def printed(text: str) -> str:
+    """Give what a program printed without what Gloo of torch 2.10 says when a group is made."""
+    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("[Gloo] Rank "))
+
+
 def free_port() -> int:
     """Return a port of this host that nobody listens at."""
     with socket.socket() as probe:

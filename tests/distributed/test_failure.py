@@ -10,7 +10,7 @@ import time
 
 import torch
 from pytest import fixture, mark, raises
-from ranks import Ended, end_ranks, free_port
+from ranks import Ended, end_ranks, free_port, printed
 from torch import distributed
 from tutel.distributed import RankError, failure
 from tutel.distributed.failure import stage
@@ -85,6 +85,21 @@ def test_the_error_of_another_rank_is_quoted(victim):
     assert max(end.seconds for end in ended) < 15
     quoted = f"exchange of rows failed: rank {victim} raised KeyError: 'the data set is damaged'"
     check_others(ended, [victim], 30, quoted)
+
+
+def is_left_alone(victim):
+    if distributed.get_rank() == victim:
+        raise KeyError("the data set is damaged")
+    distributed.barrier()  # as others call it, outside of any stage
+
+
+def test_collectives_of_others_are_explained_too():
+    ended = end_ranks(is_left_alone, 3, 1, env=SHORT)
+    assert [end.code for end in ended] == [1, 1, 1]
+    for rank in (0, 2):
+        message = ended[rank].output.strip().splitlines()[-1]
+        assert f"RankError: rank {rank} of 3: a collective failed: " in message
+        assert "rank 1 raised KeyError: 'the data set is damaged'" in message
 
 
 def raises_in_flight(victim):
@@ -188,12 +203,13 @@ def start_program(monkeypatch):
 
     def start(source, world_size):
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+        place["TUTEL_GLOBAL_TIMEOUT_SEC"] = "30"
         for rank in range(world_size):
-            env = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), **SHORT}
+            env = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [sys.executable, "-W", "error", "-c", source]
             pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
             processes.append(subprocess.Popen(command, env=env, text=True, **pipe))
-        return [(process.communicate(timeout=60)[0], process.returncode) for process in processes]
+        return [(printed(process.communicate(timeout=90)[0]), process.returncode) for process in processes]
 
     yield start
     for process in processes:

@@ -345,8 +345,14 @@ _hooks: list[Callable[..., Any]] = []
 def _report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     global _failed
     _hooks[-1](kind, error, trace)
+    if hasattr(sys, "ps1"):  # an interactive session goes on
+        return
     _failed = True
-    report(error)
+    if isinstance(error, distributed.DistError) or (kind is RuntimeError and "gloo" in str(error)):
+        # A collective of somebody else, DistributedDataParallel for example, which knows nothing of stages.
+        print(f"RankError: {explain('a collective', None, str(error))}", file=sys.stderr)
+    else:
+        report(error)
 
 
 @atexit.register

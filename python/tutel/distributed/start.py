@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch.distributed.rendezvous import rendezvous
 
 from tutel import env
 from tutel.distributed import failure
@@ -117,11 +116,8 @@ def _meet(launched: env.Launch, timeout: datetime.timedelta) -> Any:
     if launched.rank > 0 and (cause := _await_host(place, until)) is not None:
         text = f"{who}: start failed: rank 0 did not come to {where} within {timeout.total_seconds():g} s"
         raise failure.RankError(text, launched.rank, "start", [0]) from cause
-    if place.by_agent:  # torch's launcher has the store
-        store = next(iter(rendezvous("env://", launched.rank, launched.world_size, timeout=timeout)))[0]
-    else:
-        master = launched.rank == 0
-        store = _TCPStore(place.host, place.port, None, master, timeout, wait_for_workers=False)
+    master = launched.rank == 0 and not place.by_agent
+    store = _TCPStore(place.host, place.port, None, master, timeout, wait_for_workers=False)
     if not place.by_agent or place.agents == 1:
         # One launcher may keep its store when it starts processes again: what they wrote before must not count.
         # Several count their attempts each for itself, and make a new store each time.
