@@ -108,11 +108,12 @@ def launch() -> Launch:
     Raises:
         ValueError: If a variable is no integer, or rank and size contradict each other.
     """
-    # Slurm's come last: the others' launchers are started by it.
+    # Slurm's come last: the others' launchers may be started by it. It sets PMI's too, but no MPI_LOCALRANKID.
     ranks, sizes = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"), ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
     local_ranks = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
     local_sizes = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-    slurm = not any(os.environ.get(name) for name in (*ranks, *sizes)) and _in_slurm_step()
+    others = (*ranks[:2], *sizes[:2], "MPI_LOCALRANKID")
+    slurm = not any(os.environ.get(name) for name in others) and _in_slurm_step()
     world_size = _integer(("SLURM_NTASKS",) if slurm else sizes, 1)
     rank = _integer(("SLURM_PROCID",) if slurm else ranks, 0)
     if not 0 <= rank < world_size:

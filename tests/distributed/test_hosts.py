@@ -52,11 +52,9 @@ def ip(*arguments):
 def test_method_a(hosts):
     first = hosts[0].address
     place = ["python3", "-m", "torch.distributed.launch", "--nproc_per_node=1", "--nnodes=2", f"--master_addr={first}"]
-    # This machine's name stands for its loopback, as far as it stands for anything in there.
-    interface = {"GLOO_SOCKET_IFNAME": "wire"}
     with (
-        started([*hosts[0].inside, *place, "--node_rank=0", *HELLOWORLD], **interface) as zero,
-        started([*hosts[1].inside, *place, "--node_rank=1", *HELLOWORLD], **interface) as one,
+        started([*hosts[0].inside, *place, "--node_rank=0", *HELLOWORLD]) as zero,
+        started([*hosts[1].inside, *place, "--node_rank=1", *HELLOWORLD]) as one,
     ):
         assert losses(finish(zero)) == expected(2)
         assert finish(one) == ""

@@ -86,7 +86,7 @@ def test_the_others_end_and_name_the_rank(fail: Any, exchange: dict[str, Any], d
         assert end.seconds < TIMEOUT + GRACE + 10  # which start-up takes on a busy machine
         last = [line for line in end.output.splitlines() if "RankError" in line][-1]
         assert f"rank {rank} of 3" in last
-        assert f"rank {victim}" in last
-        assert stage in last
+        assert f"rank {victim}" in last, end.output
+        assert stage in last, last
         if fail is raises:
             assert "no sum is this large" in last

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from torch import Tensor, nn
 from tutel.distributed.failure import RankError
 
-from tutel import net
+from tutel import moe, net
 
 EVEN, UNEVEN, ONE_EMPTY = (7, 7, 7, 7), (7, 2, 5, 9), (0, 5, 1, 2)
 EXCHANGES: list[dict[str, Any]] = [
@@ -247,3 +247,20 @@ def test_auto_weighs_tokens_against_weights_and_links() -> None:
     # Where each message costs a second, bytes do not count: gathering weights takes the fewest messages.
     assert run_ranks(automatic, 2, 2, env=late) == [0, 0]
     assert len(set(run_ranks(automatic, 2, 20))) == 1  # measured links are agreed on
+
+
+def low_level(factor: float) -> tuple[int, int]:
+    rank = net.get_world_rank()
+    torch.manual_seed(rank)
+    scores = torch.softmax(torch.randn(10 * (rank + 1), 4), 1)
+    plan, _ = moe.extract_critical(scores, 2, capacity_factor=factor, inequivalent_tokens=True)
+    return plan[4], int(plan[5].max())
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, -1.0])
+def test_low_level_routing_agrees_on_the_capacity(factor: float) -> None:
+    (capacity, needed), (other, more) = run_ranks(low_level, 2, factor)
+    assert capacity == other
+    limit = 2 * 5  # K * int(|f| * ceil(S / E)) of the 20 tokens of rank 1
+    assert capacity == {0.0: max(needed, more), 1.0: limit}.get(factor, capacity)
+    assert capacity <= max(needed, more) or factor > 0

@@ -8,7 +8,18 @@ import fcntl
 import socket
 import struct
 
+from tutel import env
+
 _SIOCGIFADDR = 0x8915
+
+
+def tell_gloo() -> None:
+    """Name the interface for Gloo if the processes are on several hosts, it needs that, and nobody has named one."""
+    launched = env.launch()
+    if launched.local_size < launched.world_size:
+        place = env.meeting()
+        if (name := for_other_hosts(place.host, place.port)) is not None:
+            env.default_gloo_interface(name)
 
 
 def for_other_hosts(other: str, port: int) -> str | None:

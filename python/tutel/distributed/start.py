@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from tutel import env
-from tutel.distributed import failure
+from tutel.distributed import failure, interface
 
 #: Backends that programs may ask for.
 BACKENDS = ("nccl", "gloo", "mpi")
@@ -53,6 +53,7 @@ def start(backend: str) -> None:
         # Before the backend starts: its first collective would take device 0 on every rank.
         torch.cuda.set_device(cuda_device(launched.local_rank))
     timeout = datetime.timedelta(seconds=env.global_timeout())
+    interface.tell_gloo()
     store = _meet(launched, timeout)
     failure.listen(
         _PrefixStore("failure", store),

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tutel.distributed.groups import world_size
+from tutel.distributed.handshake import GroupSync
 from tutel.errors import check_bool, check_callable, check_tensor
 from tutel.functional import (
     assign_rows,
@@ -22,7 +24,6 @@ from tutel.functional import (
 )
 from tutel.impls.dispatcher import INTEGERS, columns, fast_dispatcher, size, stack_int32
 from tutel.impls.losses import gshard_loss
-from tutel.layer import MOELayer
 from tutel.route import drop_threshold
 from tutel.sync import LocalSync, Sync
 
@@ -95,7 +96,7 @@ def extract_critical(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If a shape or number is out of range.
-        NotImplementedError: If the ranks of a larger group would have to agree on C.
+        RankError: If ranks have to agree on C and one fails, or does not come.
     """
     check_tensor("scores", scores, shape=(None, None))
     if loss_fn is not None:
@@ -110,10 +111,10 @@ def extract_critical(
 
     chosen = select_experts(scores, top_k, softmax=False, normalize=check_bool("normalize_gate", normalize_gate))
     rows = assign_rows(chosen.ids, num_experts, priority=chosen.top_scores if prioritized else None)
-    counted = _sync(group).max(num_tokens) if inequivalent_tokens else num_tokens
+    counted = _sync(group, scores.device).max(num_tokens) if inequivalent_tokens else num_tokens
     limit = drop_threshold(capacity_factor, counted, num_experts, top_k)
     if limit is None or capacity_factor < 0:
-        needed = _sync(group).max(int(rows.tokens_per_expert.max()))
+        needed = _sync(group, scores.device).max(int(rows.tokens_per_expert.max()))
         limit = needed if limit is None else min(needed, limit)
     capacity = -(-limit // multiple) * multiple
 
@@ -212,7 +213,6 @@ def _plan(critial_data: Sequence[Any], length: int = 5) -> Sequence[Any]:
     return critial_data
 
 
-def _sync(group: Any) -> Sync:
-    """Return the agreement between a group's ranks; asking for the number of experts refuses more than one rank."""
-    MOELayer.global_expert_count(1, group)
-    return LocalSync()
+def _sync(group: Any, device: torch.device) -> Sync:
+    """Return the agreement between a group's ranks."""
+    return LocalSync() if world_size(group) == 1 else GroupSync(group, device)

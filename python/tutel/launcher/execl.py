@@ -40,11 +40,7 @@ def become(program: list[str]) -> NoReturn:
     launched = env.launch()
     if env.cuda_sandbox() == 2:
         env.show_one_cuda_device(launched.local_rank)
-    if launched.local_size < launched.world_size:
-        meeting = env.meeting()
-        name = interface.for_other_hosts(meeting.host, meeting.port)
-        if name is not None:
-            env.default_gloo_interface(name)
+    interface.tell_gloo()
     bound = affinity.bind(launched.local_rank, env.numa_type()) is not None
     # Unbuffered, as torch.distributed.run starts programs: lines of several processes appear when they are written.
     command = [*(local_memory() if bound else []), sys.executable, "-u", *program]
