@@ -10,6 +10,7 @@ Symbols: T tokens, D model_dim, E experts, K choices a token, R = T * K rows, C 
 6. the plan's scores give the auxiliary loss
 """
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,7 +31,7 @@ from tutel.errors import check_bool, check_callable, check_int, check_number, ch
 from tutel.experts import ExpertContext, ExpertWork, make_experts
 from tutel.experts.loading import prepare_state
 from tutel.gates import add_noise, gate_logits, make_gate
-from tutel.losses import gshard_loss, load_importance_loss
+from tutel.losses import auxiliary_loss
 from tutel.route import RoutePlan, route
 from tutel.sync import LocalSync
 from tutel.tensor_parallel import compute_dense
@@ -244,25 +245,22 @@ class MOELayer(nn.Module):
         else:
             gate, routing = self._gate(gate_index, capacity_factor, top_k)
             if self._automatic and adaptive_r is None and len(self.valid_rs) > 1 and self.world_size > 1:
-                self.adaptive_degree = self._automatic_degree(tokens, routing)
+                self.adaptive_degree = automatic_degree(
+                    self.experts,
+                    tokens,
+                    routing,
+                    num_experts=self.num_global_experts,
+                    valid_degrees=self.valid_rs,
+                    chunks=self.a2a_ffn_overlap_degree,
+                    exchange=self._dispatchers.exchange,
+                    group=self.group,
+                )
             tokens = self._drop_inputs(tokens, int(gate_index))
             plan, l_aux = self._route(
                 tokens, gate, routing, inequivalent_tokens=check_bool("inequivalent_tokens", inequivalent_tokens)
             )
             output = self._compute(tokens, plan, megablocks_size)
         return self._result(output, l_aux, local, reserve_dims, give_back)
-
-    def _automatic_degree(self, tokens: Tensor, routing: RoutingConfig) -> int:
-        return automatic_degree(
-            self.experts,
-            tokens,
-            routing,
-            num_experts=self.num_global_experts,
-            valid_degrees=self.valid_rs,
-            chunks=self.a2a_ffn_overlap_degree,
-            exchange=self._dispatchers.exchange,
-            group=self.group,
-        )
 
     def _drop_inputs(self, tokens: Tensor, gate_index: int) -> Tensor:
         probability = self._input_dropout[gate_index]
@@ -277,7 +275,7 @@ class MOELayer(nn.Module):
         logits = add_noise(clean_logits, routing.gate_noise) if noisy else clean_logits
         sync = LocalSync() if self.world_size == 1 else GroupSync(self.group, tokens.device)
         plan = route(logits, routing, sync, inequivalent_tokens=inequivalent_tokens)
-        l_aux = self._auxiliary_loss(plan, clean_logits, logits, routing)
+        l_aux = auxiliary_loss(plan, clean_logits, logits, routing.gate_noise, gshard=self.is_gshard_loss)
         self.dispatch_count = plan.tokens_per_expert
         if self._ones_gate:
             plan = dataclasses.replace(plan, topk_weights=torch.ones_like(plan.topk_weights))
@@ -287,13 +285,13 @@ class MOELayer(nn.Module):
         """Dispatch tokens, compute experts and combine."""
         way = self.adaptive_degree, self.a2a_ffn_overlap_degree
         if self.world_size > 1:
-            self._dispatchers.agree(tokens, plan, self.experts, *way)
+            self._dispatchers.agree(tokens, plan, *way, experts=self.experts, skip_expert=self._skip_expert)
         dispatcher = self._dispatchers.choose(*way)
         return dispatcher.run(tokens, plan, self._work(megablocks_size))
 
     def _dense(self, tokens: Tensor, megablocks_size: int) -> Tensor:
         """Compute all ranks' tokens by one expert, of which each rank has a part, as the gate ``megatron`` does."""
-        self.dispatch_count = torch.tensor([tokens.shape[0]], device=tokens.device)
+        self.dispatch_count = torch.full((self.num_global_experts,), tokens.shape[0], device=tokens.device)
         return tokens.clone() if self._skip_expert else compute_dense(tokens, self._work(megablocks_size), self.group)
 
     def _work(self, megablocks_size: int) -> ExpertWork:
@@ -343,12 +341,6 @@ class MOELayer(nn.Module):
             gate_noise=getattr(gate, "gate_noise", routing.gate_noise),
         )
 
-    def _auxiliary_loss(self, plan: RoutePlan, clean_logits: Tensor, logits: Tensor, routing: RoutingConfig) -> Tensor:
-        if self.is_gshard_loss:
-            return gshard_loss(plan, logits.dtype)
-        thresholds = logits.gather(1, plan.topk_ids[:, -1:].long()).squeeze(1)
-        return load_importance_loss(torch.softmax(clean_logits.float(), dim=1), thresholds, routing.gate_noise)
-
     def _context(self, megablocks_size: int) -> ExpertContext:
         assert self.dispatch_count is not None
         return ExpertContext(
@@ -380,6 +372,15 @@ class MOELayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the last forward's graph, which can be neither copied nor stored."""
         return {**self.__dict__, "l_aux": None, "dispatch_count": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MOELayer":
+        """Copy all but the process group, of which there is one."""
+        if self.group is not None:
+            memo[id(self.group)] = self.group
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Mark the parameters again: ``copy.deepcopy`` of a parameter leaves its attributes out."""

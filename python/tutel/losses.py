@@ -6,6 +6,22 @@ from torch import Tensor
 from tutel.route import RoutePlan
 
 
+def auxiliary_loss(plan: RoutePlan, clean_logits: Tensor, logits: Tensor, gate_noise: float, *, gshard: bool) -> Tensor:
+    """Return the loss that a layer has asked for.
+
+    Args:
+        plan: A plan made from logits.
+        clean_logits: [T, E] without noise.
+        logits: [T, E] with noise.
+        gate_noise: s.
+        gshard: GShard's, or else the load-importance loss.
+    """
+    if gshard:
+        return gshard_loss(plan, logits.dtype)
+    thresholds = logits.gather(1, plan.topk_ids[:, -1:].long()).squeeze(1)
+    return load_importance_loss(torch.softmax(clean_logits.float(), dim=1), thresholds, gate_noise)
+
+
 def gshard_loss(plan: RoutePlan, dtype: torch.dtype) -> Tensor:
     """Return the load-balancing loss of GShard (Lepikhin et al., 2020, algorithm 1), 0-d, differentiable in the scores.
 

@@ -27,6 +27,7 @@ class RoutePlan:
         row_choice: [T * K] int64.
         first_choices: [E] int64, how many first choices each expert has; None where there were no scores.
         score_sums: [E] fp32 (fp64 for fp64), differentiable: scores summed over the tokens; None likewise.
+        most_tokens: S, the tokens that the capacity was made for: the ranks' largest T, or this rank's; None likewise.
     """
 
     num_experts: int
@@ -40,6 +41,7 @@ class RoutePlan:
     row_choice: Tensor
     first_choices: Tensor
     score_sums: Tensor | None = None
+    most_tokens: int | None = None
 
     @classmethod
     def from_topk(
@@ -79,6 +81,12 @@ class RoutePlan:
             topk_weights=topk_weights,
             **rows._asdict(),
         )
+
+    def largest_need(self) -> int | None:
+        """Return how many rows an expert needs at most, without looking: min(C, S); None if nothing is dropped."""
+        if self.capacity is None or self.most_tokens is None:
+            return self.capacity
+        return min(self.capacity, self.most_tokens)
 
     def padded_capacity(self) -> int:
         """Return how many rows an expert needs in a padded layout: C, or what was received where nothing is dropped.
@@ -139,5 +147,6 @@ def route(logits: Tensor, config: RoutingConfig, sync: Sync, *, inequivalent_tok
         topk_ids=chosen.ids,
         topk_weights=chosen.weights,
         score_sums=chosen.score_sums,
+        most_tokens=counted,
         **rows._asdict(),
     )

@@ -1,5 +1,6 @@
 """A layer over 1 to 4 ranks gives what one rank gives: outputs, losses and gradients, whatever way rows take."""
 
+import copy
 import itertools
 import os
 from typing import Any
@@ -9,7 +10,9 @@ import torch
 from layer_twin import HIDDEN, MODEL_DIM, Case, check, make_pair
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from tutel.distributed.failure import RankError
+from tutel.layer import MOELayer
 
 from tutel import moe, net
 
@@ -124,11 +127,10 @@ def test_users_experts() -> None:
 
 
 def subgroup(cases: list[Case]) -> None:
-    rank = net.get_world_rank()
-    group = net.create_groups_from_world(group_count=-2).model_group
+    by_mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))["experts"].get_group()
     for case in cases:
-        check(case, group)
-    assert net.get_world_rank() == rank
+        check(case, net.create_groups_from_world(group_count=-2).model_group)
+        check(case, by_mesh)
 
 
 def test_a_part_of_the_ranks() -> None:
@@ -264,3 +266,74 @@ def test_low_level_routing_agrees_on_the_capacity(factor: float) -> None:
     limit = 2 * 5  # K * int(|f| * ceil(S / E)) of the 20 tokens of rank 1
     assert capacity == {0.0: max(needed, more), 1.0: limit}.get(factor, capacity)
     assert capacity <= max(needed, more) or factor > 0
+
+
+class Lazy(nn.Module):
+    """A module that forgets its input where it has no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(MODEL_DIM, MODEL_DIM).double()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        output: Tensor = self.inner(rows) if len(rows) else rows.new_zeros(0, MODEL_DIM)
+        return output
+
+
+def forget(exchange: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """All rows go to rank 0, whose rows need a gradient from rank 1 all the same."""
+    torch.manual_seed(1)
+    layer = MOELayer({"type": "top", "k": 1, "capacity_factor": 0.0}, MODEL_DIM, [Lazy()], **exchange).double()
+    with torch.no_grad():
+        layer.gates[0].wg.weight[0] = 100.0
+        layer.gates[0].wg.weight[1] = -100.0
+    torch.manual_seed(7 + net.get_world_rank())
+    tokens = torch.rand(4, MODEL_DIM, dtype=torch.float64, requires_grad=True)
+    output = layer(tokens)
+    output.sum().backward()
+    return tokens.grad, output.detach()
+
+
+@pytest.mark.parametrize("exchange", [{}, {"exchange": "fixed"}, {"exchange": "gather"}, {"a2a_ffn_overlap_degree": 2}])
+def test_a_module_that_forgets_its_rows_keeps_nobody_waiting(exchange: dict[str, Any]) -> None:
+    for grad, output in run_ranks(forget, 2, exchange, env={"TUTEL_GLOBAL_TIMEOUT_SEC": "10"}):
+        assert grad.abs().sum() > 0.1
+        assert output.abs().sum() > 0.1
+
+
+def unlike(kind: str) -> str:
+    """Ranks whose layers differ in what needs a gradient, or in their width."""
+    rank = net.get_world_rank()
+    wide = {"output_dim": 3 + rank} if kind == "width" else {}
+    layer, _ = make_pair(Case(-2, gate={"k": 1}, experts=wide))
+    if kind == "frozen":
+        for name, parameter in layer.experts.named_parameters():
+            parameter.requires_grad = name != ("batched_fc1_w", "batched_fc2_w")[rank]
+    tokens = torch.randn(3, MODEL_DIM, dtype=torch.float64, requires_grad=kind == "input" and rank == 0)
+    with pytest.raises(RankError) as caught:
+        layer(tokens, adaptive_r=1).sum().backward()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [("frozen", "which parameters"), ("width", "output_dim is 3 on rank 0"), ("input", "the input needs")],
+)
+def test_ranks_whose_gradients_would_not_match_are_told(kind: str, named: str) -> None:
+    for message in run_ranks(unlike, 2, kind):
+        assert named in message
+
+
+def capped() -> tuple[int, bool]:
+    layer, twin = make_pair(Case(layer={"exchange": "fixed"}, gate={"capacity_factor": 1e6}))
+    grouped, _ = make_pair(Case(), net.create_standalone_group())
+    assert grouped.group is not None
+    copied = copy.deepcopy(grouped)
+    tokens = torch.randn(5, MODEL_DIM, dtype=torch.float64)
+    assert torch.equal(copied(tokens), grouped(tokens))
+    assert copied.group is grouped.group
+    return len(layer(tokens)), bool(torch.allclose(layer(tokens), twin(tokens)))
+
+
+def test_capacities_beyond_all_tokens_and_copies_of_layers() -> None:
+    assert run_ranks(capped, 2) == [(5, True)] * 2

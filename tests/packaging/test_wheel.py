@@ -32,7 +32,7 @@ def test_content(wheel: Path) -> None:
     folders = {re.sub(r"-.*\.dist-info", ".dist-info", name.split("/")[0]) for name in names}
     assert folders == {"tutel", "tutel.dist-info"}
     assert any(name.endswith("/LICENSE") for name in names)
-    assert not [name for name in names if "test" in name or "__pycache__" in name]
+    assert not [name for name in names if re.search(r"(^|/)tests?/|(^|/)test_", name) or "__pycache__" in name]
 
 
 def test_every_module_of_the_package_is_there(wheel: Path, repository: Path) -> None:

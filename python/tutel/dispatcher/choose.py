@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tutel import env
 from tutel.config import ExchangeConfig
 from tutel.dispatcher.exchange import ExchangeOptions, FixedDispatcher, RaggedDispatcher
 from tutel.dispatcher.gather import GatherDispatcher
@@ -56,29 +57,38 @@ class Dispatchers:
             self._made[key] = self._make(degree, chunks)
         return self._made[key]
 
-    def agree(self, tokens: Tensor, plan: RoutePlan, experts: nn.Module, degree: int, chunks: int) -> None:
+    def agree(
+        self, tokens: Tensor, plan: RoutePlan, degree: int, chunks: int, *, experts: nn.Module, skip_expert: bool
+    ) -> None:
         """See to it that all ranks call the layer alike, where ranks compare what they do (on the CPU).
 
         Raises:
             RankError: On every rank, if one differs.
         """
         exchange, grads = self.exchange, torch.is_grad_enabled()
-        inputs = tokens.requires_grad or (self.weigh_inputs and plan.topk_weights.requires_grad)
-        outputs = inputs or plan.topk_weights.requires_grad or any(p.requires_grad for p in experts.parameters())
         settings: dict[str, object] = {
             "exchange": exchange.kind,
             "use_2dh": exchange.hierarchical,
             "wire_dtype": exchange.wire_dtype,
             "adaptive_r": degree,
             "a2a_ffn_overlap_degree": chunks,
+            "is_postscore": not self.weigh_inputs,
+            "SKIP_A2A": env.skip_exchange(),
+            "SKIP_EXPERT": skip_expert,
             "the number of experts": plan.num_experts,
             "model_dim": tokens.shape[1],
+            "output_dim": getattr(experts, "output_dim", None),
             "the input's dtype": tokens.dtype,
-            "whether the input needs a gradient": grads and inputs,
-            "whether the output needs a gradient": grads and outputs,
+            "whether the input needs a gradient": grads and tokens.requires_grad,
+            "whether routing weights need a gradient": grads and plan.topk_weights.requires_grad,
+            # Ranks exchange gradients of each: none may leave out what the others wait for.
+            "which parameters of the experts need gradients": [
+                name for name, parameter in experts.named_parameters() if grads and parameter.requires_grad
+            ],
         }
         if exchange.kind == "fixed":
-            settings["the capacity"] = plan.capacity
+            # Ranks that hold different numbers of tokens agree by inequivalent_tokens=True.
+            settings["the capacity (without inequivalent_tokens)"] = plan.largest_need()
         if exchange.kind == "gather":
             settings["top_k"] = plan.topk_ids.shape[1]
         agree_on("forward of a layer", settings, self.group)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from tutel import env
 from tutel.dispatcher.send import SendPlan, plan_padded, plan_rows, send_plan, split_slots, split_tokens
+from tutel.distributed.agreement import agree
+from tutel.distributed.exchange import tie
 from tutel.distributed.groups import Group, world_size
 from tutel.distributed.handshake import GroupSync
 from tutel.distributed.trip import (
@@ -91,9 +93,18 @@ class ExchangeDispatcher(ABC):
         sent = [self._send(*parts) for parts in zip(tokens, plans, trips, strict=True)]
         back = []
         for chunk in sent:
-            rows = compute_arrivals(chunk.journey.finish(), chunk.trip.arrivals, work)
+            arrived = chunk.journey.finish()
+            rows = compute_arrivals(arrived, chunk.trip.arrivals, work)
+            rows = self._ready_to_go_back(rows, arrived, work)
             back.append(chunk.trip.back().start(rows, "rows from the experts"))
         return [self._combine(chunk, journey.finish()) for chunk, journey in zip(sent, back, strict=True)]
+
+    def _ready_to_go_back(self, rows: Tensor, arrived: Tensor, work: ExpertWork) -> Tensor:
+        if work.takes_tokens(arrived):
+            return rows
+        if not hasattr(work.experts, "output_dim"):  # a user's own: their width was not known before
+            agree("rows from the experts", rows[:0], self.options.group)
+        return tie(rows, arrived, needs_grad=work.needs_grad())
 
     def _send(self, tokens: Tensor, plan_and_weights: tuple[SendPlan, Tensor], trip: Trip) -> _Sent:
         plan, weights = plan_and_weights
@@ -137,9 +148,8 @@ class FixedDispatcher(ExchangeDispatcher):
     def run(self, tokens: Tensor, plan: RoutePlan, work: ExpertWork) -> Tensor:
         """Compute tokens [T, D] by the experts of all ranks: [T, D_out]."""
         options = self.options
-        # Without a capacity, the ranks have to find out how many rows an expert needs at most.
-        capacity = plan.capacity
-        if capacity is None:
+        capacity = plan.largest_need()
+        if capacity is None:  # the ranks have to find out how many rows an expert needs at most
             capacity = GroupSync(options.group, tokens.device).max(plan.padded_capacity())
         parts, size = split_slots(plan, options.chunks, capacity)
         plans = [(self._send_plan(plan_padded(part, size)), part.topk_weights) for part in parts]

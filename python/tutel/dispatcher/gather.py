@@ -33,7 +33,9 @@ class GatherDispatcher(ExchangeDispatcher):
         kept = torch.where(plan.row_index >= 0, plan.topk_ids, -1)
         ids = gather_tokens(kept, most, group, filler=-1)
         weights = gather_tokens(plan.topk_weights.to(accumulator_dtype(tokens.dtype)), most, group)
-        output = self.local.run(gather_tokens(tokens, most, group), self._own_plan(ids, weights, work), work)
+        everyones = gather_tokens(tokens, most, group)
+        output = self.local.run(everyones, self._own_plan(ids, weights, work), work)
+        output = self._ready_to_go_back(output, everyones, work)
         return scatter_sums(output, count, group)
 
     def _own_plan(self, ids: Tensor, weights: Tensor, work: ExpertWork) -> RoutePlan:

@@ -77,6 +77,34 @@ def finish(ticket: Tensor, flight: Flight) -> Tensor:
     return rows
 
 
+def tie(rows: Tensor, source: Tensor, *, needs_grad: bool) -> Tensor:
+    """Return rows from which the backward pass goes on to their source, even where a user's module did not use that.
+
+    Ranks exchange gradients together: none may leave one out that the others wait for.
+
+    Args:
+        rows: What was computed.
+        source: What arrived from other ranks.
+        needs_grad: Whether rows need a gradient even if their source does not.
+    """
+    if not torch.is_grad_enabled():
+        return rows
+    if source.requires_grad:
+        tied: Tensor = _Tie.apply(rows, source)
+        return tied
+    return rows.detach().requires_grad_() if needs_grad and not rows.requires_grad else rows
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, source: Tensor) -> Tensor:  # noqa: ARG004  (it is tied)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grad, None
+
+
 class _Pending:
     """One exchange on its way; it keeps what is being sent alive."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tutel.distributed.collectives import all_gather
 from tutel.distributed.groups import Group, divide, world_rank, world_size
+from tutel.experts import OwnExperts
 from tutel.experts.shards import Gather
 
 
@@ -25,15 +26,15 @@ def gathered_weights(experts: nn.Module, *, shards: int, degree: int, group: Gro
     Returns:
         What the experts' ``compute`` takes; None where they use their parameters themselves.
     """
-    if not hasattr(experts, "weights"):
+    if not isinstance(experts, OwnExperts):
         return None
-    own = experts.weights()  # type: ignore[operator]
+    own = experts.weights()
     whole = world_size(group) if degree == 0 else shards
     if own is None or whole == 1:
         return own
     parts = whole if degree == 0 else shards // degree
     leads = degree == 0 or world_rank(group) % shards < parts
-    return experts.gather_weights(  # type: ignore[operator]
+    return experts.gather_weights(
         _gather(parts, group), _gather(whole, group), shards if degree == 0 else parts, leads=leads
     )
 

@@ -5,6 +5,7 @@ from tutel.experts.ffn import FFNExperts, FFNWeights
 from tutel.experts.llama_ffn import LlamaFFNExperts
 from tutel.experts.make import make_experts
 from tutel.experts.modules import ModuleExperts
+from tutel.experts.own import OwnExperts
 from tutel.experts.padded import compute_experts, takes_padded, takes_tokens
 from tutel.experts.rows import PaddedRows, Rows
 from tutel.experts.work import ExpertWork
@@ -16,6 +17,7 @@ __all__ = [
     "FFNWeights",
     "LlamaFFNExperts",
     "ModuleExperts",
+    "OwnExperts",
     "PaddedRows",
     "Rows",
     "compute_experts",

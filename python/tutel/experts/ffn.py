@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from tutel.config import FFNConfig
 from tutel.experts.activation import known_activation
+from tutel.experts.own import OwnExperts
 from tutel.experts.precision import compute_dtype
 from tutel.experts.rows import PaddedRows, Rows
 from tutel.experts.shards import Gather, join_hidden
@@ -36,7 +37,7 @@ class FFNWeights:
         return FFNWeights(self.fc1.to(dtype), self.fc2.to(dtype), *biases)
 
 
-class FFNExperts(nn.Module):
+class FFNExperts(OwnExperts, nn.Module):
     """The two-layer experts of one rank.
 
     Initial values are those of ``nn.Linear(D, fc1_copies * H)`` and ``nn.Linear(H, D_out)``, drawn expert by expert on
@@ -71,14 +72,7 @@ class FFNExperts(nn.Module):
         return FFNWeights(self.batched_fc1_w, self.batched_fc2_w, self.batched_fc1_bias, self.batched_fc2_bias)
 
     def gather_weights(self, parts: Gather, biases: Gather, count: int, *, leads: bool) -> FFNWeights:
-        """Return the weights of whole experts, or of larger parts of them, from the ranks that have the parts.
-
-        Args:
-            parts: Joins what ranks have of the hidden units along dimension 0, expert by expert.
-            biases: Likewise what ranks have of the outputs' biases, of whole experts.
-            count: Parts that make one.
-            leads: Whether this rank adds the outputs' biases: of the ranks that compute an expert together, one does.
-        """
+        """Return the weights of whole experts, or of larger parts of them."""
         own = self.weights()
 
         def joined(part: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from torch import Tensor, nn
 
 from tutel.config import LlamaFFNConfig
 from tutel.experts.activation import known_activation
+from tutel.experts.own import OwnExperts
 from tutel.experts.precision import compute_dtype
 from tutel.experts.rows import Rows
 from tutel.experts.shards import Gather, join_hidden
 from tutel.functional import Routes, expert_ffn, grouped_gemm
 
 
-class LlamaFFNExperts(nn.Module):
+class LlamaFFNExperts(OwnExperts, nn.Module):
     """The gated experts of one rank, without biases; initial values are normal with standard deviation 0.01.
 
     Attributes:
@@ -40,18 +41,12 @@ class LlamaFFNExperts(nn.Module):
     def gather_weights(
         self,
         parts: Gather,
-        _biases: Gather,
+        biases: Gather,  # noqa: ARG002  (one signature for all experts; these have no biases)
         count: int,
         *,
-        leads: bool,  # noqa: ARG002  (one signature for all experts)
+        leads: bool,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weights of whole experts, or of larger parts of them, from the ranks that have the parts.
-
-        Args:
-            parts: Joins what ranks have of the hidden units along dimension 0, expert by expert.
-            count: Parts that make one.
-            leads: Accepted: there are no biases.
-        """
+        """Return the weights of whole experts, or of larger parts of them."""
         fc1, fc2, fc3 = (parts(weight) for weight in self.weights())
         return join_hidden(fc1, count, dim=2), join_hidden(fc2, count, dim=2), join_hidden(fc3, count, dim=1)
 

@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from tutel.experts.own import OwnExperts
 from tutel.experts.precision import as_parameters
 from tutel.experts.rows import Rows
 
 
-class ModuleExperts(nn.ModuleList):
+class ModuleExperts(OwnExperts, nn.ModuleList):
     """The local experts in order.
 
     The numbers of rows are read on the host, once a forward: a module sees exactly its rows, perhaps none.

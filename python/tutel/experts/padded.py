@@ -5,18 +5,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from tutel.experts.context import ExpertContext
+from tutel.experts.ffn import FFNExperts
+from tutel.experts.llama_ffn import LlamaFFNExperts
+from tutel.experts.own import OwnExperts
 from tutel.experts.precision import as_parameters, compute_dtype
 from tutel.experts.rows import PaddedRows, Rows
 
 
 def takes_padded(experts: nn.Module) -> bool:
     """Whether the experts take [e, C, D]: one's own say so; a user's class does."""
-    return bool(getattr(experts, "padded", True)) or not hasattr(experts, "compute")
+    return not isinstance(experts, OwnExperts) or experts.padded
 
 
 def takes_tokens(experts: nn.Module, tokens: Tensor) -> bool:
     """Whether the experts compute these tokens by ``compute_tokens``, without rows in between."""
-    if not hasattr(experts, "compute_tokens") or experts.fused() is None:  # type: ignore[operator]
+    if not isinstance(experts, FFNExperts | LlamaFFNExperts) or experts.fused() is None:
         return False
     # Where somebody computes in another dtype, rows are cast before and after.
     return all(
@@ -33,11 +36,10 @@ def compute_experts(
         ValueError: If a user's experts do not return [e, C, D_out].
     """
     if isinstance(rows, Rows):
-        ragged: Rows = experts.compute(rows, weights)  # type: ignore[operator]
-        return ragged
-    if hasattr(experts, "compute_padded"):
-        padded: PaddedRows = experts.compute_padded(rows, weights)  # type: ignore[operator]
-        output: object = padded.data
+        assert isinstance(experts, OwnExperts)
+        return experts.compute(rows, weights)
+    if isinstance(experts, FFNExperts):
+        output: object = experts.compute_padded(rows, weights).data
     else:
         output = experts(as_parameters(rows.data, experts), context)
     wanted = rows.data.shape[:2]

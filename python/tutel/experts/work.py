@@ -32,6 +32,10 @@ class ExpertWork:
         """Whether rows have to be :class:`PaddedRows`."""
         return takes_padded(self.experts)
 
+    def needs_grad(self) -> bool:
+        """Whether outputs need a gradient even where inputs do not."""
+        return not self.skip and any(parameter.requires_grad for parameter in self.experts.parameters())
+
     def takes_tokens(self, tokens: Tensor) -> bool:
         """Whether :meth:`compute_tokens` can be called."""
         return not self.skip and takes_tokens(self.experts, tokens)
