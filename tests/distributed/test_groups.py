@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sys
+from inspect import signature
 
 import torch
 from pytest import mark, raises
 from ranks import free_port, printed, run_ranks
 from torch import distributed
-from tutel.distributed import groups, node_size
+from torch.distributed.device_mesh import init_device_mesh
+from tutel.distributed import destroy_group, groups, kept, node_size
 
-from tutel import net, system
+from tutel import moe, net, system
 
 
 def members(group):
@@ -80,6 +82,112 @@ def test_division_of_a_subgroup():
     assert run_ranks(divide_a_part, 4) == [None, 6.0, 6.0, 6.0]
 
 
+def divide_after_different_histories():
+    """What a rank made before does not matter: not by itself, not with others, not what is gone."""
+    rank = net.get_world_rank()
+    pair = distributed.new_group([0, 1])
+    low = [0, 1, 2]
+    part = distributed.new_group(low)
+    if rank < 2:
+        net.create_groups_from_world(-1, parent_group=pair)
+    if rank in low:
+        # Rank 2 made no group of the pair's, and is none of its members.
+        assert members(groups.divide(1, part).neighbours) == [rank]
+    # A program's own groups, which all ranks make together as torch asks, find each other as before.
+    again = distributed.new_group(low)
+    if rank in low:
+        assert sum_of_ranks(again) == sum(low)
+    if rank == 0:
+        distributed.new_group([0], use_local_synchronization=True)
+    if rank == 3:
+        distributed.destroy_process_group(distributed.new_group([3], use_local_synchronization=True))
+    place = net.create_groups_from_world(2)
+    assert members(place.model_group) == [rank // 2 * 2, rank // 2 * 2 + 1]
+    return [sum_of_ranks(place.model_group), sum_of_ranks(place.data_group)]
+
+
+def test_division_after_different_histories():
+    totals = run_ranks(divide_after_different_histories, 4, env={"TUTEL_GLOBAL_TIMEOUT_SEC": "10"})
+    assert totals == [[1.0, 2.0], [1.0, 4.0], [5.0, 2.0], [5.0, 4.0]]
+
+
+def divide_a_group_in_other_order():
+    """Blocks are of neighbours in the group, whatever their numbers among all."""
+    order = [3, 0, 2, 1]
+    part = distributed.new_group(order, sort_ranks=False)
+    place = net.create_groups_from_world(-2, parent_group=part)
+    return members(place.model_group), members(place.data_group), place.model_rank
+
+
+@mark.skipif("sort_ranks" not in signature(distributed.new_group).parameters, reason="this torch sorts a group's ranks")
+def test_division_of_a_group_in_other_order():
+    left, right, even, odd = [3, 0], [2, 1], [3, 2], [0, 1]
+    expected = [(left, odd, 1), (right, odd, 1), (right, even, 0), (left, even, 0)]
+    assert run_ranks(divide_a_group_in_other_order, 4) == expected
+
+
+def count_groups():
+    return len(distributed.distributed_c10d._world.pg_names)
+
+
+def make_and_destroy():
+    """A group's divisions, and theirs, end with it; however it is destroyed."""
+    rank = net.get_world_rank()
+    kept_of_all = groups.divide(2).neighbours
+    before = count_groups(), len(kept._made), len(kept._children)
+    for destroy in (destroy_group, distributed.destroy_process_group):
+        for _ in range(3):
+            part = distributed.new_group([0, 1, 2, 3])
+            place = net.create_groups_from_world(2, parent_group=part)
+            assert members(groups.divide(1, place.model_group).neighbours) == [rank]
+            assert node_size(place.data_group) == 2
+            distributed.destroy_process_group(groups.divide(1, part).neighbours)  # the program's doing
+            assert count_groups() == before[0] + 4
+            destroy(part)
+            for use in (lambda: groups.divide(2, part), lambda: destroy_group(part)):  # noqa: B023
+                with raises(ValueError, match=r"there is no group .* it was destroyed"):
+                    use()
+            # What torch's own function left has gone with the next question.
+            assert (count_groups(), len(kept._made), len(kept._children)) == before
+    assert groups.divide(2).neighbours is kept_of_all
+    assert sum_of_ranks(kept_of_all) == [1.0, 1.0, 5.0, 5.0][rank]
+    others = distributed.new_group([0, 1])
+    destroy_group(others)  # nothing where this rank is no member
+    assert count_groups() == before[0]
+    for group in (None, distributed.group.WORLD):
+        with raises(ValueError, match="group must be a part of all ranks"):
+            destroy_group(group)
+    net.barrier()
+
+
+def test_divisions_end_with_their_group():
+    run_ranks(make_and_destroy, 4)
+
+
+def give_what_is_no_group():
+    mesh = init_device_mesh("cpu", (2,))
+    assert sum_of_ranks(groups.divide(1, mesh.get_group()).strided) == 1.0
+    expected = r"group must be a process group of torch\.distributed or None, got DeviceMesh; pass mesh\.get_group\(\)"
+    experts = {"type": "ffn", "hidden_size_per_expert": 8, "count_per_node": 1}
+    uses = [
+        lambda: net.get_world_size(mesh), lambda: net.get_world_rank(mesh), lambda: net.barrier(mesh),
+        lambda: net.simple_all_reduce(torch.ones(2), group=mesh), lambda: node_size(mesh), lambda: destroy_group(mesh),
+        lambda: moe.moe_layer({"type": "top"}, 4, experts, group=mesh),
+        lambda: net.create_groups_from_world(1, parent_group=mesh),
+    ]  # fmt: skip
+    for use in uses:
+        with raises(TypeError, match=expected):
+            use()
+    with raises(TypeError, match=r"parent must be a process group of torch\.distributed or None, got list$"):
+        groups.divide(1, [0, 1])
+
+
+def test_what_is_no_group_is_refused():
+    run_ranks(give_what_is_no_group, 2)
+    with raises(TypeError, match=r"group must be a process group of torch\.distributed or None, got int$"):
+        net.get_world_size(3)
+
+
 def begin_anew(store):
     """After a new start none of the old groups is given."""
     rank = net.get_world_rank()
@@ -118,7 +226,7 @@ def nodes(layout):
     os.environ |= {"LOCAL_RANK": str(rank - first), "LOCAL_WORLD_SIZE": str(layout[host])}
     strided = groups.divide(2).strided  # before the sizes are known
     found = node_size(), node_size(strided), node_size(groups.divide(2).neighbours)
-    groups._made.clear()
+    kept._made.clear()
     return found
 
 
@@ -138,7 +246,7 @@ def test_ranks_of_a_node():
 
 LAUNCHED = """
 import os, sys, torch
-from tutel import net, system
+from tutel import moe, net, system
 session = system.init_data_model_parallel(group_count=2, backend="gloo")
 if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and session.global_rank == 1:
     sys.exit("the first attempt fails")

@@ -6,7 +6,7 @@ programs may use beyond the historic names of :mod:`tutel.net` is listed here.
 
 from tutel.distributed.failure import RankError
 from tutel.distributed.gradients import clip_grad_norm, ignore_experts, reduce_shared_gradients
-from tutel.distributed.groups import Division, divide, node_size
+from tutel.distributed.groups import Division, destroy_group, divide, node_size
 from tutel.distributed.optimizer import DistributedOptimizer
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Division",
     "RankError",
     "clip_grad_norm",
+    "destroy_group",
     "divide",
     "ignore_experts",
     "node_size",

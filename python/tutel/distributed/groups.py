@@ -2,37 +2,33 @@
 
 Symbols: W ranks of a group; G groups that they are divided into, of W / G neighbouring ranks each.
 
-Groups are made once, and end with torch.distributed: after a new start none of the old ones is given.
+Groups are made once, and end with the group that they divide: after a new start of torch.distributed none of the old
+ones is given.
 """
 
 import dataclasses
-import datetime
 import functools
 import math
-import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
 
 from tutel import env
 from tutel.distributed.failure import stage
+from tutel.distributed.kept import Group, check_group, destroy_group, new_group, next_number, once
 from tutel.distributed.start import check_backend, cuda_device, initialized, start, stop
 from tutel.errors import check_int
-
-#: A process group; None is the group of all ranks.
-Group = Any
-
-T = TypeVar("T")
 
 
 def world_size(group: Group = None) -> int:
     """Return W: 1 where no process group was initialised.
 
     Raises:
+        TypeError: If group is neither a process group nor None.
         ValueError: If this rank is no member of the group, or no group exists since torch.distributed is not started.
     """
+    check_group("group", group)
     if not initialized():
         _refuse_stale(group)
         return 1
@@ -46,7 +42,8 @@ def world_rank(group: Group = None) -> int:
     """Return this process's rank in a group, from 0.
 
     Raises:
-        ValueError: As :func:`world_size` does.
+        TypeError: As :func:`world_size` does.
+        ValueError: As that does.
     """
     return distributed.get_rank(group) if world_size(group) > 1 else 0
 
@@ -92,39 +89,43 @@ def divide(size: int, parent: Group = None) -> Division:
         The same groups for the same arguments. ``size`` = W gives (parent, this rank alone), and 1 the reverse.
 
     Raises:
-        TypeError: If size is no integer.
-        ValueError: If it does not divide W.
+        TypeError: If size is no integer, or parent no group.
+        ValueError: If size does not divide W, or parent does not exist (any more).
         RankError: If a rank of the parent does not come.
     """
+    check_group("parent", parent)
     ranks = world_size(parent)
     size = check_int("size", size, at_least=1)
     if ranks % size != 0:
         raise ValueError(f"size must divide the number of ranks ({ranks}), got {size}")
     if ranks == 1:
         return Division(parent, parent)
-    return _once("divide", parent, size, lambda: _divide(size, ranks, parent))
+    return once("divide", parent, size, lambda: _divide(size, ranks, parent))
 
 
 def _divide(size: int, ranks: int, parent: Group) -> Division:
-    members = distributed.get_process_group_ranks(parent)
-    first = world_rank(parent) // size * size
+    members, rank = distributed.get_process_group_ranks(parent), world_rank(parent)
+    blocks = [members[at : at + size] for at in range(0, ranks, size)]
+    strides = [members[at::size] for at in range(size)]
     with stage(f"making groups of {size} ranks", parent):
+        number = _agree_on_number(parent)
         if distributed.get_backend(parent) == "mpi":
             # MPI's communicators are made by all ranks of the world together.
-            blocks = [members[at : at + size] for at in range(0, ranks, size)]
-            neighbours = _own([_new_group(block, parent, everywhere=True) for block in blocks])
-            strides = [members[at::size] for at in range(size)]
-            return Division(neighbours, _own([_new_group(stride, parent, everywhere=True) for stride in strides]))
-        neighbours = _new_group(members[first : first + size], parent)
-        return Division(neighbours, _new_group(members[world_rank(parent) % size :: size], parent))
+            neighbours = _own([_part(block, parent, number, everywhere=True) for block in blocks])
+            return Division(neighbours, _own([_part(stride, parent, number, everywhere=True) for stride in strides]))
+        neighbours = _part(blocks[rank // size], parent, number)
+        return Division(neighbours, _part(strides[rank % size], parent, number))
 
 
-def _new_group(members: list[int], parent: Group, *, everywhere: bool = False) -> Group:
-    if len(members) == world_size(parent):
-        return parent
-    # Without a timeout a new group takes torch's default, not its parent's.
-    timeout = datetime.timedelta(seconds=env.global_timeout())
-    return distributed.new_group(members, timeout=timeout, use_local_synchronization=not everywhere)
+def _agree_on_number(parent: Group) -> int:
+    """Return a number that no member of a group gave to one of its groups yet."""
+    number = torch.tensor([next_number()], device=group_device(parent))
+    distributed.all_reduce(number, distributed.ReduceOp.MAX, group=parent)
+    return int(number.item())
+
+
+def _part(members: list[int], parent: Group, number: int, *, everywhere: bool = False) -> Group:
+    return parent if len(members) == world_size(parent) else new_group(members, parent, number, everywhere=everywhere)
 
 
 def _own(groups: list[Group]) -> Group:
@@ -145,7 +146,7 @@ def node_size(group: Group = None) -> int:
         A divisor of W; 1 where the ranks of a host are not neighbours in the group.
     """
     ranks = world_size(group)
-    return 1 if ranks == 1 else _once("node size", group, 0, lambda: _node_size(group, ranks))
+    return 1 if ranks == 1 else once("node size", group, 0, lambda: _node_size(group, ranks))
 
 
 def _node_size(group: Group, ranks: int) -> int:
@@ -222,10 +223,11 @@ def divide_world(group_count: int, *, backend: str | None = None, parent_group: 
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If group_count does not divide W, or backend is unknown.
+        ValueError: If group_count does not divide W, backend is unknown, or parent_group does not exist (any more).
         RuntimeError: If the backend is not there, or its set-up fails.
         RankError: If other ranks do not come.
     """
+    check_group("parent_group", parent_group)
     launched = env.launch()
     if backend is not None:
         check_backend(backend)
@@ -235,7 +237,7 @@ def divide_world(group_count: int, *, backend: str | None = None, parent_group: 
     count = _group_count(group_count, world_size(parent_group))
     on_cuda = torch.cuda.is_available() and backend in (None, "nccl")
     key = (count, on_cuda, launched)
-    return _once("divide_world", parent_group, key, lambda: _place(count, on_cuda, launched, parent_group))
+    return once("divide_world", parent_group, key, lambda: _place(count, on_cuda, launched, parent_group))
 
 
 def _place(count: int, on_cuda: bool, launched: env.Launch, parent: Group) -> ParallelEnvironment:
@@ -259,24 +261,6 @@ def _place(count: int, on_cuda: bool, launched: env.Launch, parent: Group) -> Pa
     )
 
 
-#: What was made for the present start of torch.distributed: by kind, parent and further arguments.
-_made: dict[tuple[str, Group, object], Any] = {}
-_made_for: Callable[[], Any] | None = None
-
-
-def _once(kind: str, parent: Group, key: object, make: Callable[[], T]) -> T:
-    """Return what was made before for the same arguments, unless torch.distributed was started anew since."""
-    global _made_for
-    world = distributed.group.WORLD if initialized() else None
-    if (_made_for() if _made_for else None) is not world:
-        _made.clear()
-        _made_for = None if world is None else weakref.ref(world)
-    if (kind, parent, key) not in _made:
-        _made[kind, parent, key] = make()
-    made: T = _made[kind, parent, key]
-    return made
-
-
 def _refuse_stale(group: Group) -> None:
     if group is not None:
         raise ValueError(f"there is no group {group!r}: torch.distributed is not initialised")
@@ -297,6 +281,7 @@ __all__ = [
     "ParallelEnvironment",
     "barrier",
     "cuda_device",
+    "destroy_group",
     "divide",
     "divide_world",
     "group_device",
