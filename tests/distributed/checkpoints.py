@@ -306,6 +306,68 @@ def load_wrapped(folder: str) -> Tensor:
     return torch.cat([model(part) for part in tokens.chunk(4)]).detach()
 
 
+#: Of `ffn` experts whose hidden units ranks divide, without a gate, by `fc1_copies`.
+PARTS: dict[int, Callable[[Tensor], Tensor]] = {1: torch.tanh, 2: _glu}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parted:
+    """What a rank with a part of one expert has.
+
+    Attributes:
+        state: Of all ranks, with whole tensors.
+        output: Of its tokens.
+        losses: Of training that goes on.
+    """
+
+    state: dict[str, Any]
+    output: Tensor
+    losses: list[float]
+
+
+def save_parts(folder: str) -> dict[int, Parted]:
+    """Train layers with the gate `megatron`, and save them; as a file a rank as well."""
+    trained = {copies: _make_parts(copies) for copies in PARTS}
+    for model, optimizer in trained.values():
+        train(model, optimizer, 2, seed=5)
+    dcp.save({str(copies): _state(*pair) for copies, pair in trained.items()}, checkpoint_id=f"{folder}/checkpoint")
+    for copies, (model, _) in trained.items():
+        torch.save(model.state_dict(), f"{folder}/{copies}-{net.get_world_rank()}-of-{net.get_world_size()}.ckpt")
+    return {copies: _parted(*pair) for copies, pair in trained.items()}
+
+
+def load_parts(folder: str) -> dict[int, Parted]:
+    """Load them, one of them where training had begun."""
+    made = {copies: _make_parts(copies) for copies in PARTS}
+    train(*made[2], 1, seed=7)
+    states = {str(copies): _state(*pair) for copies, pair in made.items()}
+    dcp.load(states, checkpoint_id=f"{folder}/checkpoint")
+    for copies, (model, optimizer) in made.items():
+        load_sharded_state_dict(model, states[str(copies)]["model"])
+        load_sharded_optimizer_state_dict(model, optimizer, states[str(copies)]["optimizer"])
+    return {copies: _parted(*pair) for copies, pair in made.items()}
+
+
+def _make_parts(copies: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    ranks, rank = net.get_world_size(), net.get_world_rank()
+    experts = {"type": "ffn", "hidden_size_per_expert": H // ranks, "fc1_copies": copies, "output_dim": D_OUT}
+    torch.manual_seed(3)
+    first = nn.Linear(D, D)
+    layer = moe.moe_layer(
+        {"type": "megatron"}, D, {**experts, "activation_fn": PARTS[copies]}, seeds=(1, 100 * ranks + rank, 2)
+    )
+    model = nn.Sequential(first, layer).double()
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+
+
+def _parted(model: nn.Module, optimizer: torch.optim.Optimizer) -> Parted:
+    state = _state(model, optimizer)
+    whole = {name: copy.deepcopy(_full(value)) for part in state.values() for name, value in part.items()}
+    torch.manual_seed(9)
+    tokens = torch.randn(TOKENS, D, dtype=torch.float64).chunk(net.get_world_size())[net.get_world_rank()]
+    return Parted(whole, model(tokens).detach(), train(model, optimizer, 2, seed=6))
+
+
 def _full(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 

@@ -77,6 +77,15 @@ def test_hidden_units_that_stand_there_twice():
     assert_same(model, again)
 
 
+def test_one_expert_without_a_gate():
+    model = nn.Sequential(moe.moe_layer({"type": "megatron"}, D, {"hidden_size_per_expert": H}))
+    state = sharded_state_dict(model)
+    assert state["0.experts.batched_fc2_bias"].data_ptr() == model[0].experts.batched_fc2_bias.data_ptr()
+    load_sharded_state_dict(model, state)
+    with pytest.raises(ValueError, match=r"0\._num_global_experts must be 1, since .*, got 2"):
+        load_sharded_state_dict(model, {**state, "0._num_global_experts": torch.tensor(2)})
+
+
 def test_a_fresh_optimizer_stays_fresh():
     model, optimizer = make()
     twin = copy.deepcopy(model)

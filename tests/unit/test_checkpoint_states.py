@@ -183,6 +183,28 @@ def test_megatron(ranks, copies):
     torch.testing.assert_close(sum(part(tokens) for part in parts), expected)
 
 
+def test_megatron_is_never_guessed():
+    """Without a gate in the state, one expert a rank may be a part of one."""
+    message = r"layer 'moe' has no gate .* say which by layout \(--layout\): 'batched' or 'megatron'"
+    whole = whole_layer(FFN, count=2).state_dict()
+    state = {f"moe.{key}": value for key, value in whole.items() if "gates" not in key}
+    ranks = shares(state, 2, count=2)
+    with pytest.raises(CheckpointError, match=message):
+        gather_states(ranks)
+    assert_same_state(gather_states(ranks, layout="batched"), state)
+    joined = gather_states(ranks, layout="megatron")
+    assert joined["moe.experts.batched_fc1_w"].shape == (1, 2 * H, D)
+    with pytest.raises(CheckpointError, match=message):
+        scatter_state(joined, 2, 0)
+    assert scatter_state(joined, 2, 0, layout="batched")["moe._num_global_experts"] == 1
+    # What cannot be parts of one expert is no question: a single rank, another number of ranks, other experts.
+    assert_same_state(gather_states([joined]), joined)
+    assert_same_state(scatter_state(joined, 1, 0), joined)
+    assert_same_state(gather_states(shares(state, 4, count=2)), state)
+    llama = {key: value for key, value in whole_layer(LLAMA, count=2).state_dict().items() if "gates" not in key}
+    assert_same_state(gather_states(shares(llama, 2, count=2)), llama)
+
+
 def test_what_is_no_megatron():
     state = whole_layer(FFN).state_dict()
     assert_same_state(gather_states(shares(state, 2), layout="megatron"), state)  # it has a gate

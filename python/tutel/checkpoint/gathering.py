@@ -42,7 +42,8 @@ def gather_states(
             neighbours share each.
         default_num_global_experts: E of layers whose state does not tell.
         layout: Of the experts: 'batched', 'modules', 'megatron', 'v0.1.4' or 'v0.1.5', where names and shapes do not
-            tell. 'megatron' are layers with that gate, which is for those without gates in the state.
+            tell. 'megatron' are layers with that gate, which is for those without gates in the state: as many experts
+            ``ffn`` as ranks may be such parts of one expert, and without a gate that is not guessed.
         shard_dims: For ranks that share an expert of a custom class: along which dimension of [1, ...] its parameters
             are cut, by their names within ``experts``.
         model_dim: D, which flat weights of ``llama_ffn`` need where the gate does not tell.
@@ -64,7 +65,10 @@ def gather_states(
     layers = common_layers(states, titles, default_num_global_experts)
     _check_missing(states, titles)
     sizes = {layer: _experts_and_shards(layer, len(states)) for layer in layers}
-    layouts = {layer: layout_of(layer, states[0], given, e) for layer, (e, _) in sizes.items()}
+    layouts = {
+        layer: layout_of(layer, states[0], given, e, maybe_parts=1 < len(states) == layer.num_experts)
+        for layer, (e, _) in sizes.items()
+    }
     ranks = [modern(state, layouts) for state in states]
     joined = {
         layer: _Experts(layer, layouts[layer], *size, ranks, divisions_of(layer, ranks[0], shard_dims), model_dim)

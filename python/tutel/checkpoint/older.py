@@ -20,6 +20,8 @@ FileLayout = Literal["batched", "modules", "megatron", "v0.1.4", "v0.1.5"]
 FILE_LAYOUTS: tuple[FileLayout, ...] = ("batched", "modules", "megatron", *LAYOUTS)
 
 _OLD_NAMES = {f"0.{old}": name for name, old in NAMES.items()}
+#: The first weights of experts ``ffn``, the only ones that the gate ``megatron`` goes with.
+_FFN: dict[FileLayout, str] = {"batched": "batched_fc1_w", **dict.fromkeys(LAYOUTS, "0.fc1_weight")}
 
 
 def check_file_layout(layout: object) -> FileLayout | None:
@@ -36,16 +38,31 @@ def check_file_layout(layout: object) -> FileLayout | None:
     raise ValueError(f"layout must be None or {one_of(map(repr, FILE_LAYOUTS))}, got {layout!r}")
 
 
-def layout_of(layer: Layer, state: Mapping[str, Any], given: FileLayout | None, num_local_experts: int) -> FileLayout:
+def layout_of(
+    layer: Layer, state: Mapping[str, Any], given: FileLayout | None, num_local_experts: int, *, maybe_parts: bool
+) -> FileLayout:
     """Return a layer's layout: what the caller says, if that can be, or what names and shapes tell.
+
+    Args:
+        layer: The layer.
+        state: Of a rank, or whole.
+        given: What the caller says.
+        num_local_experts: Experts in this state.
+        maybe_parts: Whether the number of ranks allows that each has a part of one expert, as with 'megatron'.
 
     Raises:
         CheckpointError: If they fit several.
     """
-    if given == "megatron":
-        has_gates = any(key.startswith(f"{layer.prefix}gates.") for key in state)
-        return detect_layout(layer, state, num_local_experts) if has_gates else "megatron"
-    return given or detect_layout(layer, state, num_local_experts)
+    has_gates = any(key.startswith(f"{layer.prefix}gates.") for key in state)
+    if given is not None and not (given == "megatron" and has_gates):
+        return given
+    found = detect_layout(layer, state, num_local_experts)
+    if maybe_parts and not has_gates and _FFN.get(found) in layer.names(state):
+        raise CheckpointError(
+            f"{layer.title} has no gate in the state: its ranks may have experts of their own, or parts of one as with "
+            f"the gate 'megatron'; say which by layout (--layout): {found!r} or 'megatron'"
+        )
+    return found
 
 
 def detect_layout(layer: Layer, state: Mapping[str, Any], num_local_experts: int) -> FileLayout:

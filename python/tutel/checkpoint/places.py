@@ -1,7 +1,7 @@
 """Where the expert parameters of this rank stand among those of all ranks, for torch.distributed.checkpoint.
 
 Symbols: W ranks of a layer's group, E experts in all, e of them on a rank, n ranks that share one (then e = 1), H
-hidden units of a whole expert.
+hidden units of a whole expert. Layers without gates, those of the gate ``megatron``, have one expert: E = 1 and n = W.
 """
 
 import dataclasses
@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tutel.checkpoint.division import Division, divisions
+from tutel.checkpoint.keys import COUNT
+from tutel.distributed.collectives import simple_all_reduce
 from tutel.distributed.groups import Group, divide, world_rank, world_size
 from tutel.experts import FFNExperts, ModuleExperts
 from tutel.layer import MOELayer
@@ -51,9 +53,7 @@ class Place:
         Raises:
             ValueError: If it is divided already.
         """
-        if isinstance(tensor, DTensor):
-            raise ValueError(f"{self.name} is divided already, as {tensor.placements}: keep experts out of fully_shard")
-        part = self._part(tensor.detach())
+        part = self._part(self._check_local(tensor))
         if self.mesh is None:
             return part
         whole = torch.Size(self.whole)
@@ -69,9 +69,7 @@ class Place:
         Raises:
             ValueError: If it is no such tensor.
         """
-        if not isinstance(value, Tensor) or tuple(value.shape) != self.whole:
-            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{self.name} must have shape {list(self.whole)} over all ranks, got {found}")
+        value = self._check_whole(value)
         if isinstance(value, DTensor):
             if value.device_mesh != self.mesh or tuple(value.placements) != self.placements:
                 raise ValueError(
@@ -96,6 +94,21 @@ class Place:
             self, shape=(self.shape[0], *shape), whole=(self.whole[0], *shape), division=Division(len(shape) + 1)
         )
 
+    def of_state(self) -> "Place":
+        """Return the place of an optimizer's values of the parameter's shape."""
+        return self
+
+    def _check_local(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, DTensor):
+            raise ValueError(f"{self.name} is divided already, as {tensor.placements}: keep experts out of fully_shard")
+        return tensor.detach()
+
+    def _check_whole(self, value: object) -> Tensor:
+        if not isinstance(value, Tensor) or tuple(value.shape) != self.whole:
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{self.name} must have shape {list(self.whole)} over all ranks, got {found}")
+        return value
+
     def _part(self, tensor: Tensor) -> Tensor:
         """Return what of this rank's tensor is a part of the whole."""
         dim, copies = self.division.dim, self.division.copies
@@ -116,6 +129,57 @@ class Place:
         return part.narrow(dim, start, min(length, whole.shape[dim] - start))
 
 
+@dataclasses.dataclass(frozen=True)
+class AddedPlace(Place):
+    """The place of a bias that every rank has, all of which are added: the outputs' bias of a layer without gates.
+
+    The sum is what any number of ranks can load: the first takes it, the others have zeros, as in files.
+
+    Attributes:
+        ranks: That add theirs.
+        mean: Whether it is for an optimizer's values. These are not added, since each rank's bias has the gradient of
+            the whole: they are the same on all ranks, but for decay of the weights where that is a part of them.
+    """
+
+    ranks: Group
+    mean: bool = False
+
+    def shard(self, tensor: Tensor) -> Tensor:
+        """Return the sum, or the mean, over all ranks, in new memory.
+
+        Raises:
+            ValueError: If it is divided already.
+        """
+        # In double precision the mean of narrower values that are the same has their bits.
+        total = simple_all_reduce(self._check_local(tensor).double(), self.ranks)
+        return (total / world_size(self.ranks) if self.mean else total).to(tensor.dtype)
+
+    def unshard(self, value: object) -> Tensor:
+        """Return this rank's summand, or the mean itself.
+
+        Raises:
+            ValueError: If it is no such tensor.
+        """
+        whole = self._check_whole(value)
+        return whole if self.mean or self.coordinates[1] == 0 else torch.zeros_like(whole)
+
+    def of_state(self) -> Place:
+        """Return the place of an optimizer's values of the parameter's shape."""
+        return dataclasses.replace(self, mean=True)
+
+
+def find_parts(model: nn.Module) -> dict[str, int]:
+    """Return how many parts of its expert a layer without gates has, by the key of its number of experts.
+
+    The layer counts each part as an expert; over all ranks they are one.
+    """
+    return {
+        _prefix_in_state(model, name) + COUNT: layer.num_global_experts
+        for name, layer in model.named_modules()
+        if isinstance(layer, MOELayer) and not layer.gates
+    }
+
+
 def find_places(
     model: nn.Module, default_group: Group = None, shard_dims: Mapping[str, int] | None = None
 ) -> dict[str, Place]:
@@ -134,7 +198,7 @@ def find_places(
                     f"the layer {module_name!r} was made for {layer.world_size} ranks, but its group has "
                     f"{world_size(ranks)}"
                 )
-            prefix = "".join(f"{part}." for part in _name_in_state(model, module_name))
+            prefix = _prefix_in_state(model, module_name)
             places.update(_layer_places(layer, f"{prefix}experts.", ranks, shard_dims))
     return places
 
@@ -142,7 +206,8 @@ def find_places(
 def _layer_places(
     layer: MOELayer, prefix: str, ranks: Group, shard_dims: Mapping[str, int] | None
 ) -> Iterator[tuple[str, Place]]:
-    e, n = layer.num_local_experts, layer.sharded_count
+    e, n = layer.num_local_experts, layer.sharded_count if layer.gates else layer.world_size
+    num_experts = layer.num_global_experts if layer.gates else 1
     rank = world_rank(ranks)
     coordinates = (rank // n * e, rank % n)
     tensors = {
@@ -168,8 +233,12 @@ def _layer_places(
                     f"{prefix}{name}: {n} ranks share an expert, and it is not known how: say by shard_dims"
                 )
             division = known.get(name, Division(1))
+            if division.padded and n > 1 and not layer.gates:
+                added = AddedPlace(prefix + name, shape, shape, None, (), division, coordinates, trained, ranks)
+                yield prefix + name, added
+                continue
             output_dim = layer.experts.output_dim if isinstance(layer.experts, FFNExperts) else None
-            whole = _whole(shape, division, layer.num_global_experts, n, output_dim)
+            whole = _whole(shape, division, num_experts, n, output_dim)
             mesh = _mesh(ranks, n, tensor.device.type)
             dims = (0,) if n == 1 else (0, division.dim + (division.copies > 1))
             placements = () if mesh is None else tuple(Shard(dim) for dim in dims)
@@ -210,6 +279,11 @@ def _mesh(ranks: Group, n: int, device_type: str) -> DeviceMesh | None:
     members = torch.tensor(get_process_group_ranks(everybody)).view(-1, n)
     groups: list[Group] = [everybody if part is None else part for part in (strided, neighbours)]
     return DeviceMesh.from_group(groups, device_type, mesh=members, mesh_dim_names=("experts", "shards"))
+
+
+def _prefix_in_state(model: nn.Module, name: str) -> str:
+    """Return what a module's keys begin with: empty, or ending in a dot."""
+    return "".join(f"{part}." for part in _name_in_state(model, name))
 
 
 def _name_in_state(model: nn.Module, name: str) -> Iterator[str]:

@@ -54,7 +54,10 @@ def scatter_state(
         raise ValueError(f"rank must be below world_size ({world_size}), got {rank}")
     layers = common_layers([state], ["the state"], default_num_global_experts)
     given = check_file_layout(layout)
-    layouts = {layer: layout_of(layer, state, given, layer.num_experts) for layer in layers}
+    layouts = {
+        layer: layout_of(layer, state, given, layer.num_experts, maybe_parts=layer.num_experts == 1 < world_size)
+        for layer in layers
+    }
     state = modern(state, layouts)
     shares = {
         layer: _Share(layer, layouts[layer], world_size, rank, divisions_of(layer, state, shard_dims), dim)

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from tutel.checkpoint.errors import names
 from tutel.checkpoint.keys import COUNT
-from tutel.checkpoint.places import Place, find_places
+from tutel.checkpoint.places import Place, find_parts, find_places
 from tutel.distributed.groups import Group
 
 #: One entry a parameter and value: what another number of ranks, with other groups of parameters, can read.
@@ -50,12 +50,13 @@ def sharded_state_dict(
             are cut, by their names within ``experts``.
 
     Returns:
-        The state; its tensors share memory with the model's.
+        The state; its tensors share memory with the model's, but for the outputs' bias of a layer with the gate
+        ``megatron`` on several ranks: it is the sum of theirs.
 
     Raises:
         ValueError: If the experts of a layer cannot be put into one tensor.
     """
-    places = find_places(model, group, shard_dims)
+    places, parts = find_places(model, group, shard_dims), find_parts(model)
     state: dict[str, Any] = dict(get_model_state_dict(model))
     _check_known(places, state)
     sharded: dict[str, Any] = {}
@@ -63,6 +64,8 @@ def sharded_state_dict(
         place = places.get(key)
         if place is not None:
             sharded[place.name] = place.shard(value)
+        elif key in parts:
+            sharded[key] = torch.ones_like(value)
         else:
             # Loading must not change what a state's number of experts is compared with.
             sharded[key] = value.clone() if key.endswith(COUNT) else value
@@ -90,12 +93,16 @@ def load_sharded_state_dict(
         ValueError: If a tensor does not fit.
         RuntimeError: If keys do not fit.
     """
-    places = find_places(model, group, shard_dims)
+    places, parts = find_places(model, group, shard_dims), find_parts(model)
     by_name = {place.name: (key, place) for key, place in places.items()}
     own: dict[str, Any] = {}
     for name, value in state.items():
         key, place = by_name.get(name, (name, None))
         own[key] = value if place is None else place.unshard(value)
+    for key in parts.keys() & own.keys():
+        if own[key] != 1:
+            raise ValueError(f"{key} must be 1, since the layer's ranks have parts of one expert, got {own[key]}")
+        own[key] = torch.full_like(own[key], parts[key])
     set_model_state_dict(model, own, options=StateDictOptions(strict=strict))
 
 
@@ -113,7 +120,8 @@ def sharded_optimizer_state_dict(
         shard_dims: As there.
 
     Returns:
-        The state, with keys ``state.NAME.VALUE`` and ``param_groups.NAME.OPTION``.
+        The state, with keys ``state.NAME.VALUE`` and ``param_groups.NAME.OPTION``. Of the outputs' bias of a layer with
+        the gate ``megatron``, which every rank has, the values are the ranks' mean.
 
     Raises:
         ValueError: If the state of an expert parameter has neither its shape nor one value for all experts.
@@ -201,6 +209,7 @@ def _value_place(key: str, value: Tensor, place: Place) -> Place:
         ValueError: If experts' values cannot be told apart.
     """
     shape = tuple(value.shape)
+    place = place.of_state()
     if shape in (place.shape, place.whole):
         return place
     if place.shared or shape[0] not in (place.shape[0], place.whole[0]):
