@@ -5,6 +5,7 @@ from pytest import mark
 from ranks import end_ranks, run_ranks
 from torch import distributed
 from tutel.distributed import transport
+from tutel.distributed.gathering import scatter_sums
 
 from tutel import net
 
@@ -221,13 +222,16 @@ def same_bits(found, *parts):
 def halves(dtype):
     rank = net.get_world_rank()
     # In fp32 the small terms add up, in the half type each of them is lost.
-    x = torch.full((net.get_world_size(), 2), 2.0**-9 if rank else 1.0, dtype=dtype)
-    return net.simple_all_reduce(x), net.simple_reduce_scatter(x), net.allreduce_forward(x), net.reduce_scatter(x)
+    x = torch.full((net.get_world_size(), 2), torch.finfo(dtype).eps / 4 if rank else 1.0, dtype=dtype)
+    results = [net.simple_all_reduce(x), net.simple_reduce_scatter(x), net.allreduce_forward(x), net.reduce_scatter(x)]
+    results.append(scatter_sums(x, 1, None))
+    transport.group_device = lambda _group: torch.device("cuda")  # as over NCCL: the backend sums, Gloo's own here
+    return [*results, net.simple_reduce_scatter(x)]
 
 
 @mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sums_of_half_types_are_rounded_once(dtype):
-    small = 2.0**-9
+    small = torch.finfo(dtype).eps / 4
     for results in run_ranks(halves, 4, dtype):
         for total in results:
             assert torch.equal(total, torch.full_like(total, 1 + 3 * small))

@@ -42,6 +42,7 @@ PROGRAMS = {
     "switching": ["helloworld_switch", "--num_steps=7", "--num_local_experts=-2", "--capacity_factor=0"],
     "not switching": ["helloworld", "--num_steps=7", "--num_local_experts=-2", "--capacity_factor=0"],
     "by hand": ["helloworld_from_scratch", "--l_aux_wt=0.5", "--capacity_factor=0.5"],
+    "mixed precision": ["helloworld_amp", "--dtype=float32"],
     "by layer": ["helloworld_custom_gate_expert", "--l_aux_wt=0.5", "--capacity_factor=0.5"],
 }
 GATE = "_moe_layer.gates.0.wg.weight"

@@ -4,12 +4,24 @@ import copy
 import math
 
 import torch
+from layer_twin import MODEL_DIM, Case, make_pair, part_of
 from pytest import mark, raises
 from ranks import run_ranks
 from torch import nn
-from tutel.distributed import clip_grad_norm, ignore_experts, reduce_shared_gradients
+from torch.amp import GradScaler
+from tutel.distributed import (
+    DistributedOptimizer,
+    agree_on_overflow,
+    clip_grad_norm,
+    ignore_experts,
+    reduce_shared_gradients,
+)
 
 from tutel import moe, net
+
+
+def sgd(*parameters, **options):
+    return torch.optim.SGD(parameters or [nn.Parameter(torch.zeros(2))], lr=0.125, **options)
 
 
 def filled(rank, dtype=torch.float64):
@@ -24,6 +36,89 @@ def filled(rank, dtype=torch.float64):
         parameter._tutel_expert = True
         parameter.grad = torch.randn(parameter.shape, dtype=torch.float64, generator=generator).to(dtype)
     return shared, experts, [nn.Parameter(torch.zeros(2))]  # the last has no gradient
+
+
+#: What one rank finds in an expert's gradient, step by step.
+FOUND = [1.0, math.inf, 1.0, 1.0, math.nan, 1.0]
+
+
+def train_scaled(model, tokens, optimizer, spoils, before_step):
+    """Train with a scale that halves and grows; give the scaler's state after each step."""
+    scaler, states = GradScaler("cpu", init_scale=2.0**10, growth_interval=2), []
+    for found in FOUND:
+        optimizer.zero_grad()
+        scaler.scale(model(tokens).square().sum()).backward()
+        if spoils:
+            next(model.experts.parameters()).grad.view(-1)[0] *= found
+        before_step(scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        states.append(scaler.state_dict())
+    return states
+
+
+def skip_together(fused, unscale_first):
+    """The second rank finds nothing, skips the same steps all the same, and trains as one process does."""
+    rank, size = net.get_world_rank(), net.get_world_size()
+    layer, twin = make_pair(Case())
+    optimizer, twins = (sgd(*module.parameters(), momentum=0.5, fused=fused) for module in (layer, twin))
+    tokens = torch.randn(size * 6, MODEL_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) / 4
+
+    def before_step(scaler):
+        reduce_shared_gradients(layer)
+        if unscale_first:
+            scaler.unscale_(optimizer)
+        agree_on_overflow(scaler, optimizer)
+
+    states = train_scaled(layer, tokens.chunk(size)[rank], optimizer, rank == 0, before_step)
+    assert states == train_scaled(twin, tokens, twins, True, lambda _scaler: None)
+    assert [state["scale"] / 2**10 for state in states] == [1.0, 0.5, 0.5, 1.0, 0.5, 0.5]
+    near = {"rtol": 1e-10, "atol": 1e-12}
+    for ours, theirs in zip(layer.gates.parameters(), twin.gates.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, **near)
+        everywhere = net.simple_all_gather(ours.detach().unsqueeze(0))
+        assert all(torch.equal(other, everywhere[0]) for other in everywhere)
+    for (name, ours), theirs in zip(layer.experts.named_parameters(), twin.experts.parameters(), strict=True):
+        torch.testing.assert_close(ours.detach(), part_of(name, theirs.detach(), rank, size, layer, ours), **near)
+
+
+@mark.parametrize(("fused", "unscale_first"), [(False, True), (True, False)])
+def test_ranks_skip_a_step_together(fused, unscale_first):
+    run_ranks(skip_together, 2, fused, unscale_first)
+
+
+def skip_without_gradients():
+    parameter = nn.Parameter(torch.zeros(2))
+    scaler, optimizer = GradScaler("cpu", init_scale=4.0), sgd(parameter)
+    torch.set_default_dtype(torch.bfloat16)  # which must not be that of what ranks compare
+    for found in (1.0, math.inf):
+        optimizer.zero_grad()
+        loss = scaler.scale(parameter.sum())
+        if net.get_world_rank() == 0:
+            loss.backward()
+            parameter.grad[0] *= found
+        agree_on_overflow(scaler, optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    return parameter.tolist(), scaler.get_scale()
+
+
+def test_a_rank_without_gradients_skips_too():
+    assert run_ranks(skip_without_gradients, 2) == [([-0.125, -0.125], 2.0), ([0.0, 0.0], 2.0)]
+
+
+def test_overflow_in_one_process():
+    parameter = nn.Parameter(torch.zeros(2))
+    scaler, optimizer = GradScaler("cpu", init_scale=4.0), sgd(parameter)
+    scaler.scale(parameter.sum()).backward()
+    agree_on_overflow(scaler, optimizer)
+    agree_on_overflow(scaler, optimizer)
+    assert parameter.grad.tolist() == [1.0, 1.0]  # unscaled once
+    scaler.step(optimizer)
+    with raises(RuntimeError, match="after step"):
+        agree_on_overflow(scaler, optimizer)
+    agree_on_overflow(GradScaler("cpu", enabled=False), optimizer)
+    assert parameter.grad.tolist() == [1.0, 1.0]
 
 
 NORMS = [(0.5, 2.0), (1e6, 2.0), (0.5, math.inf), (0.1, 1.0), (0.3, 3.0), (0.0, 2.0)]
@@ -78,6 +173,12 @@ def test_clipping_in_one_process_is_torchs():
         (lambda: reduce_shared_gradients(3), TypeError, "model must be a torch.nn.Module or parameters, got int"),
         (lambda: reduce_shared_gradients([], average=None), TypeError, "average must be True or False, got None"),
         (lambda: ignore_experts([]), TypeError, "model must be a torch.nn.Module, got list"),
+        (lambda: agree_on_overflow(None, sgd()), TypeError, "scaler must be a torch.amp.GradScaler, got NoneType"),
+        (
+            lambda: agree_on_overflow(GradScaler("cpu"), DistributedOptimizer([torch.zeros(1)])),
+            TypeError,
+            "optimizer must be a torch.optim.Optimizer, got DistributedOptimizer",
+        ),
     ],
 )
 def test_bad_calls(call, error, message):

@@ -5,7 +5,7 @@ programs may use beyond the historic names of :mod:`tutel.net` is listed here.
 """
 
 from tutel.distributed.failure import RankError
-from tutel.distributed.gradients import clip_grad_norm, ignore_experts, reduce_shared_gradients
+from tutel.distributed.gradients import agree_on_overflow, clip_grad_norm, ignore_experts, reduce_shared_gradients
 from tutel.distributed.groups import Division, destroy_group, divide, node_size
 from tutel.distributed.optimizer import DistributedOptimizer
 
@@ -13,6 +13,7 @@ __all__ = [
     "DistributedOptimizer",
     "Division",
     "RankError",
+    "agree_on_overflow",
     "clip_grad_norm",
     "destroy_group",
     "divide",

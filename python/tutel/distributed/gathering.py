@@ -3,7 +3,6 @@
 Symbols: W ranks of the group, M the largest number of tokens of a rank.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,9 +25,5 @@ def gather_tokens(values: Tensor, most: int, group: Group, *, filler: float = 0)
 
 
 def scatter_sums(values: Tensor, count: int, group: Group) -> Tensor:
-    """Sum the ranks' values [W * M, ...], and return the first ``count`` of this rank's [M, ...]; differentiable.
-
-    Half types are summed in float32 and rounded once.
-    """
-    wide = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-    return reduce_scatter(wide, 0, group)[:count].to(values.dtype)
+    """Sum the ranks' values [W * M, ...], and return the first ``count`` of this rank's [M, ...]; differentiable."""
+    return reduce_scatter(values, 0, group)[:count]

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler, OptState
 from torch.distributed import ReduceOp
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from tutel.distributed import transport
 from tutel.distributed.groups import Group, group_device, world_size
@@ -135,13 +137,57 @@ def clip_grad_norm(
     return total
 
 
+def agree_on_overflow(scaler: GradScaler, optimizer: Optimizer, group: Group = None) -> None:
+    """Have all ranks skip ``scaler.step(optimizer)`` if one of them found an infinity or NaN; all ranks call this.
+
+    Experts' gradients differ between ranks, so one rank alone may find some. If it alone skipped its step, shared
+    parameters and the scale would be others there from then on.
+
+    It stands where ``scaler.unscale_(optimizer)`` does, or after it, and before the step. Shared gradients must have
+    been reduced before. Nothing happens if the scaler is not enabled.
+
+    Args:
+        scaler: Enabled on all ranks or on none.
+        optimizer: The same on all ranks but for experts. A rank where nothing has a gradient takes part.
+        group: The ranks that share parameters.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        RuntimeError: If the optimizer has stepped since the last ``scaler.update()``.
+        RankError: If another rank fails.
+    """
+    if not isinstance(scaler, GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not scaler.is_enabled():
+        return
+    state = scaler._per_optimizer_states[id(optimizer)]
+    if state["stage"] is not OptState.UNSCALED:
+        scaler.unscale_(optimizer)
+    if world_size(group) == 1:
+        return
+    flags: dict[torch.device, Tensor] = state["found_inf_per_device"]
+    device = group_device(group)
+    found = torch.zeros((), dtype=torch.float32, device=device)
+    for flag in flags.values():
+        found = torch.maximum(found, flag.reshape(()).to(device))
+    transport.all_reduce("overflow of gradients", found, group, ReduceOp.MAX)
+    for flag in flags.values():
+        flag.copy_(found)
+    if not flags:
+        # The scaler's step and update fail where nothing was looked at.
+        assert scaler._scale is not None
+        flags[scaler._scale.device] = found.to(scaler._scale.device)
+
+
 def _norms(parameters: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
     """Return the norm of each gradient, half types' made in fp32, as fp64; [0] at least, so that there is one."""
     norms = [torch.zeros((), dtype=torch.float64, device=device)]
     for parameter in parameters:
         assert parameter.grad is not None
         grad = parameter.grad.detach()
-        wide = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
+        wide = torch.float32 if grad.dtype in transport.HALF else grad.dtype
         norm = torch.linalg.vector_norm(grad, norm_type, dtype=wide)
         # That of a DTensor is one, too.
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm

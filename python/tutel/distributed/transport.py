@@ -29,7 +29,8 @@ _MOVED = (
     torch.int8,
     torch.uint8,
 )
-_HALF = (torch.bfloat16, torch.float16)
+#: Types whose sums are made in fp32.
+HALF = (torch.bfloat16, torch.float16)
 
 _OPERATIONS = (ReduceOp.SUM, ReduceOp.AVG, ReduceOp.PRODUCT, ReduceOp.MIN, ReduceOp.MAX, ReduceOp.BAND, ReduceOp.BOR)
 
@@ -124,7 +125,7 @@ def all_reduce(name: str, tensor: Tensor, group: Group, op: Any = ReduceOp.SUM) 
     """Reduce a contiguous tensor in place, elementwise, and return it."""
     agree(name, tensor, group, _number(op))
     with stage(name, group, tensor):
-        if tensor.dtype in _HALF and op in (ReduceOp.SUM, ReduceOp.AVG):
+        if tensor.dtype in HALF and op in (ReduceOp.SUM, ReduceOp.AVG):
             wide = tensor.float()
             distributed.all_reduce(wide, op=op, group=group)
             return tensor.copy_(wide)
@@ -138,14 +139,16 @@ def reduce_scatter(name: str, parts: Tensor, group: Group, op: Any = ReduceOp.SU
     if group_device(group).type == "cpu" and op in (ReduceOp.SUM, ReduceOp.AVG) and parts.dtype.is_floating_point:
         # Gloo would reduce everything on every rank. This sends half as much, and adds in the order of the ranks.
         received = unflatten(exchange(name, parts, group), 0, ranks, len(parts) // ranks)
-        wide = torch.float32 if parts.dtype in _HALF else parts.dtype
+        wide = torch.float32 if parts.dtype in HALF else parts.dtype
         total: Tensor = received.sum(0, dtype=wide)
         return (total / ranks if op == ReduceOp.AVG else total).to(parts.dtype)
     agree(name, parts, group, _number(op))
-    output = parts.new_empty(len(parts) // ranks, *parts.shape[1:])
+    # NCCL rounds a half type at each rank that a sum passes.
+    summed = parts.float() if parts.dtype in HALF and op in (ReduceOp.SUM, ReduceOp.AVG) else parts
+    output = summed.new_empty(len(parts) // ranks, *parts.shape[1:])
     with stage(name, group, parts):
-        distributed.reduce_scatter_tensor(output, parts, op=op, group=group)
-    return output
+        distributed.reduce_scatter_tensor(output, summed, op=op, group=group)
+    return output.to(parts.dtype)
 
 
 def broadcast(name: str, tensor: Tensor, source: int, group: Group) -> Tensor:

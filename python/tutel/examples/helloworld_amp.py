@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from tutel.distributed import agree_on_overflow
 
 from tutel.examples import _shared, helloworld
 
@@ -26,6 +27,7 @@ def amp_step(options: argparse.Namespace) -> _shared.Step:
             optimizer.zero_grad()
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             _shared.reduce_shared_gradients(options, model)
+            agree_on_overflow(scaler, optimizer)
             scaler.step(optimizer)
             scaler.update()
         return loss
