@@ -8,8 +8,8 @@ use crate::disjoint::Tiles;
 /// factor over its columns.
 const ROWS: usize = 512;
 const COLUMNS: usize = 2048;
-/// Rows that a kernel takes at once at most: see [`column_block`].
-const FEW_ROWS: usize = 14;
+/// Rows up to which a kernel reads the right factor's rows as they lie: see [`column_block`].
+const FEW_ROWS: usize = 8;
 
 /// Blocks of rows, each of one owner or of nobody, times blocks of columns.
 pub(crate) struct Cut {

@@ -4,6 +4,8 @@ use super::kernel::{Ahead, Destination, Kernel, PackedRows, Rows, VECTORS};
 
 /// Panels that the registers hold at once at most.
 const MOST: usize = 4;
+/// Rows up to which that takes less time than packing.
+pub(super) const MOST_ROWS: usize = 8;
 
 /// Panels that are computed at once, for chains of sums enough that none waits for itself.
 pub(super) const fn panels_at_once<K: Kernel>(rows: usize) -> usize {
@@ -20,7 +22,7 @@ macro_rules! for_count {
         match $count {
             // A kernel with fewer rows never asks for more: the compiler drops these arms.
             $( $rows if $rows <= $kernel::ROWS => rows_times_memory::<$kernel, $rows> $arguments, )*
-            _ => unreachable!("a block has between 1 and {} rows", $kernel::ROWS),
+            _ => unreachable!("between 1 and {MOST_ROWS} rows, and no more than {}", $kernel::ROWS),
         }
     };
 }
@@ -29,7 +31,7 @@ macro_rules! for_count {
 /// follow one another, `count` rows each. Announces a portion for each unit.
 ///
 /// # Safety
-/// `count` rows, between 1 and `ROWS`, with the panels' columns each, at the destination; `depth` rows of the panels'
+/// `count` rows, between 1 and `ROWS` and [`MOST_ROWS`], with the panels' columns each, at the destination; `depth` rows of the panels'
 /// columns at `right`; `count` packed rows of as many elements; features.
 #[inline(always)]
 pub(super) unsafe fn memory_rows<K: Kernel>(
@@ -43,7 +45,7 @@ pub(super) unsafe fn memory_rows<K: Kernel>(
 ) {
     // SAFETY: passed on from our caller.
     unsafe {
-        for_count!(count, K, (depth, left, right, sums, ahead, portion), 1 2 3 4 5 6 7 8 9 10 11 12 13 14);
+        for_count!(count, K, (depth, left, right, sums, ahead, portion), 1 2 3 4 5 6 7 8);
     }
 }
 

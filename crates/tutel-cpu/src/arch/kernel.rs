@@ -8,7 +8,7 @@ pub(crate) const VECTORS: usize = 2;
 /// Columns of the widest panel.
 const WIDEST: usize = 32;
 /// Units of the inner dimension between two announcements of memory.
-pub(crate) const RUN: usize = 16;
+pub(crate) const RUN: usize = 64;
 
 /// How one processor multiplies elements of one type.
 ///
@@ -83,7 +83,7 @@ pub(crate) unsafe trait Kernel {
         target: *mut Self::Unit,
     );
     /// Writes to `target[u * target_stride + c]`, `c < count`, `u < depth.div_ceil(DEPTH)`, the unit whose elements are
-    /// `source[c * stride + u * DEPTH + d]`; elements beyond `depth` are zero. May announce some of the memory that is read next.
+    /// `source[c * stride + u * DEPTH + d]`; elements beyond `depth` are zero. May announce as much memory as it reads.
     unsafe fn pack_along(
         source: Rows<Self::Element>,
         depth: usize,

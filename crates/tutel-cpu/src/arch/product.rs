@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use num_traits::Zero;
 
-use super::few::{memory_rows, panels_at_once};
+use super::few::{MOST_ROWS, memory_rows, panels_at_once};
 use super::kernel::{Ahead, Destination, Kernel, PackedRows, RUN, Rows, VECTORS, step_rows};
 use super::pack::{pack_left, pack_right};
 use crate::epilogue::Epilogue;
@@ -106,7 +106,7 @@ fn steps<K: Kernel>(terms: &[Term<'_, K::Element>], block: &(usize, Range<usize>
         }
     };
     let columns = right.columns();
-    let whole = if few && !right.transposed && right.view.stride().is_some() {
+    let whole = if few && rows <= MOST_ROWS && !right.transposed && right.view.stride().is_some() {
         columns - columns % (panels_at_once::<K>(rows) * K::PANEL)
     } else {
         0
@@ -243,14 +243,18 @@ fn plain<K: Kernel>(right: Factor<'_, K::Element>, step: &Step) -> Rows<K::Eleme
     Rows { first: right.view.pointer(rows.start, columns.start, rows.len(), columns.len()), stride }
 }
 
-/// Lines to announce at a time in a step of so many calls: where rows are few, as much as is read, since what follows may be
-/// more than a step.
+/// Lines to announce at a time in a step of so many calls. Where rows are few, packing has announced as much as it read; what
+/// is not packed announces as much as it reads, since what follows may be more than a step.
 fn portion<K: Kernel>(ahead: &Ahead, step: &Step, few: bool, panels: usize, calls: usize) -> usize {
     let units = step.chunk.len().div_ceil(K::DEPTH);
-    let run = if step.plain { 1 } else { RUN };
-    let read = run * K::DEPTH * panels * K::PANEL * size_of::<K::Element>();
-    let portion = ahead.portion(calls * units.div_ceil(run));
-    if few { portion.min(read.div_ceil(Ahead::LINE)) } else { portion }
+    if step.plain {
+        let read = K::DEPTH * panels * K::PANEL * size_of::<K::Element>();
+        ahead.portion(calls * units).min(read.div_ceil(Ahead::LINE))
+    } else if few {
+        0
+    } else {
+        ahead.portion(calls * units.div_ceil(RUN))
+    }
 }
 
 /// Multiplies all rows of a packed block by the columns of one step.
@@ -273,8 +277,7 @@ unsafe fn multiply_step<K: Kernel>(
     let done = (step.chunk.start - step.block.start) / K::DEPTH;
     let whole = step.chunk.end == step.block.end;
     let (to_partial, add_partial) = (whole && !last, whole && !first);
-    let (panels, tile_rows) =
-        (if step.plain { panels_at_once::<K>(rows) } else { 1 }, if few { rows } else { K::ROWS });
+    let panels = if step.plain { panels_at_once::<K>(rows) } else { 1 };
     let calls = rows.div_ceil(K::ROWS) * step.columns.len().div_ceil(panels * K::PANEL);
     let portion = portion::<K>(ahead, step, few, panels, calls);
     for row in (0..rows).step_by(K::ROWS) {
@@ -283,9 +286,9 @@ unsafe fn multiply_step<K: Kernel>(
         // SAFETY: the packed block has these rows and units.
         let from = unsafe { left.rows.first.add(offset) };
         let left = PackedRows { rows: Rows { first: from, stride: left.rows.stride }, step: left.step };
-        for column in step.columns.clone().step_by(panels * K::PANEL) {
+        for column in step.columns.clone().step_by(K::PANEL) {
             let offset = column - step.columns.start;
-            let tile = &mut sums.tile[if few { offset * rows } else { 0 }..][..tile_rows * panels * K::PANEL];
+            let tile = &mut sums.tile[if few { offset * rows } else { 0 }..];
             let partial = if to_partial || add_partial {
                 sums.partial[row * stride + column..(row + count) * stride].as_mut_ptr()
             } else {
@@ -294,32 +297,34 @@ unsafe fn multiply_step<K: Kernel>(
             if whole && last {
                 for i in 0..count {
                     let place = epilogue.place(row + i, column);
-                    for vector in 0..panels * VECTORS {
+                    for vector in 0..VECTORS {
                         // SAFETY: an announcement; features: our caller.
                         unsafe { K::prefetch_near(place.wrapping_add(vector * K::LANES)) };
                     }
                 }
             }
-            let continued = done > 0;
-            let sums = Destination { tile: tile.as_mut_ptr(), partial, stride, continued, add_partial, to_partial };
-            // SAFETY: the tile has `count` rows or more of the panels' columns and so have, from that column on, the partial
-            // sums; `units` rows of them are at the source, and `count` packed rows of `units` at `left`; features: our caller.
-            unsafe {
-                match &source {
-                    Source::Packed(right) => {
-                        let right = right[offset * units..][..units * K::PANEL].as_ptr();
-                        step_rows::<K>(count, units, left, right, sums, ahead, portion);
-                    }
-                    Source::Memory(right) => {
-                        let right = Rows { first: right.first.add(offset), stride: right.stride };
-                        memory_rows::<K>(count, step.chunk.len(), left, right, sums, ahead, portion);
+            // The first of the panels that are computed at once stands for all: one place from which sums are finished.
+            if offset & (panels * K::PANEL - 1) == 0 {
+                let tile = tile[..count * panels * K::PANEL].as_mut_ptr();
+                let sums = Destination { tile, partial, stride, continued: done > 0, add_partial, to_partial };
+                // SAFETY: the tile has `count` rows of the panels' columns and so have, from that column on, the partial
+                // sums; `units` rows of them are at the source, and `count` packed rows of `units` at `left`; features: our
+                // caller.
+                unsafe {
+                    match &source {
+                        Source::Packed(right) => {
+                            let right = right[offset * units..][..units * K::PANEL].as_ptr();
+                            step_rows::<K>(count, units, left, right, sums, ahead, portion);
+                        }
+                        Source::Memory(right) => {
+                            let right = Rows { first: right.first.add(offset), stride: right.stride };
+                            memory_rows::<K>(count, step.chunk.len(), left, right, sums, ahead, portion);
+                        }
                     }
                 }
             }
             if whole && last {
-                for (panel, tile) in tile.chunks_exact_mut(tile_rows * K::PANEL).enumerate() {
-                    finish::<K>(epilogue, row, column + panel * K::PANEL, columns, &mut tile[..count * K::PANEL]);
-                }
+                finish::<K>(epilogue, row, column, columns, &mut tile[..count * K::PANEL]);
             }
         }
     }

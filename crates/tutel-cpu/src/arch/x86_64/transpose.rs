@@ -37,8 +37,8 @@ pub(super) struct Eight;
 /// 4 by 4 units of 64 bits; avx2.
 pub(super) struct Four64;
 
-/// `target[u * target_stride + c] = source[c * stride + u]` for `c < count`, `u < depth`. Announces half as many lines of
-/// memory as it reads: the rest is for the time in which they are multiplied.
+/// `target[u * target_stride + c] = source[c * stride + u]` for `c < count`, `u < depth`. Announces as much memory
+/// as it reads.
 ///
 /// # Safety
 /// `count` rows of `depth` units are at `source`, room for `depth` rows of `count` units at `target`; the features of the
@@ -53,7 +53,7 @@ pub(super) unsafe fn transpose_units<K: Kernel, S: Square>(
     ahead: &mut Ahead,
 ) {
     let Rows { first: source, stride } = source;
-    let lines = (S::SIDE * S::SIDE * size_of::<S::Unit>() / 2).div_ceil(Ahead::LINE);
+    let lines = (S::SIDE * S::SIDE * size_of::<S::Unit>()).div_ceil(Ahead::LINE);
     for column in (0..count).step_by(S::SIDE) {
         for unit in (0..depth).step_by(S::SIDE) {
             let whole = column + S::SIDE <= count && unit + S::SIDE <= depth;
@@ -104,7 +104,7 @@ pub(super) unsafe fn pack_floats<K: Kernel, S: Floats, T: Widen>(
             for start in (0..depth).step_by(LENGTH) {
                 let taken = LENGTH.min(depth - start);
                 for (column, row) in rows.iter_mut().enumerate().take(count) {
-                    ahead.announce::<K>((taken * size_of::<T>() / 2).div_ceil(Ahead::LINE));
+                    ahead.announce::<K>((taken * size_of::<T>()).div_ceil(Ahead::LINE));
                     S::widen(source.first.add(column * source.stride + start), taken, row.as_mut_ptr());
                 }
                 let target = target.add(start * target_stride).cast();
