@@ -33,9 +33,9 @@ class Block(nn.Module):
         return output
 
 
-def blocks() -> tuple[Block, Block, Tensor, Tensor]:
-    """Return a block over the ranks, its twin, this rank's tokens and those of all."""
-    layer, twin = make_pair(CASE)
+def blocks(group: Any = None) -> tuple[Block, Block, Tensor, Tensor]:
+    """Return a block whose experts are divided among a group, its twin, this rank's tokens and those of all."""
+    layer, twin = make_pair(CASE, group)
     torch.manual_seed(12)
     tokens = torch.randn(net.get_world_size() * 6, MODEL_DIM, dtype=torch.float64)
     return Block(layer), Block(twin), tokens.chunk(net.get_world_size())[net.get_world_rank()], tokens
@@ -77,6 +77,21 @@ def with_fsdp() -> tuple[list[float], list[float]]:
     return train(block, mine, 1.0), reference(twin, every)
 
 
+def with_fsdp_and_a_mesh_of_experts() -> tuple[list[float], list[float]]:
+    """Two replicas of the experts, each divided among two ranks; FSDP divides all else among the four."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "experts"))
+    block, twin, mine, every = blocks(mesh["experts"].get_group())
+    experts = list(block.moe.experts.parameters())
+
+    def sum_over_replicas(parameter: Tensor) -> None:
+        net.simple_all_reduce(parameter.grad, mesh["replicas"].get_group(), inplace=True)
+
+    for parameter in experts:
+        parameter.register_post_accumulate_grad_hook(sum_over_replicas)
+    fully_shard(block, mesh=init_device_mesh("cpu", (4,)), ignored_params=set(experts))
+    return train(block, mine, 1.0), reference(twin, every)
+
+
 def reference(twin: nn.Module, tokens: Tensor) -> list[float]:
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.5)
     losses = []
@@ -89,9 +104,9 @@ def reference(twin: nn.Module, tokens: Tensor) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("way", [with_ddp, with_fsdp])
-def test_training_equals_one_process(way: Any) -> None:
-    for losses, wanted in run_ranks(way, 2):
+@pytest.mark.parametrize(("way", "ranks"), [(with_ddp, 2), (with_fsdp, 2), (with_fsdp_and_a_mesh_of_experts, 4)])
+def test_training_equals_one_process(way: Any, ranks: int) -> None:
+    for losses, wanted in run_ranks(way, ranks):
         assert losses == pytest.approx(wanted, rel=1e-12)
         assert losses[-1] < losses[0]
 
