@@ -93,6 +93,8 @@ def test_size_and_rank_without_process_group():
     assert (net.get_world_size(), net.get_world_rank()) == (1, 0)
     net.barrier()
     with raises(ValueError, match=r"torch\.distributed is not initialised"):
+        net.get_world_size(torch.distributed.ProcessGroup(torch.distributed.HashStore(), 0, 1))
+    with raises(TypeError, match=r"group must be a process group of torch\.distributed or None, got object$"):
         net.get_world_size(object())
 
 
