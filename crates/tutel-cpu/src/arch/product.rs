@@ -134,6 +134,14 @@ fn memory<E>(right: Factor<'_, E>, depth: Range<usize>, columns: Range<usize>) -
     }
 }
 
+fn check_sizes<E>(terms: &[Term<'_, E>]) {
+    let sizes = (terms[0].left.rows(), terms[0].right.columns());
+    for term in terms {
+        assert_eq!(term.left.columns(), term.right.rows(), "inner sizes of a product");
+        assert_eq!((term.left.rows(), term.right.columns()), sizes, "sizes of terms");
+    }
+}
+
 /// Gives the epilogue the sum of the terms' products.
 ///
 /// # Safety
@@ -147,10 +155,7 @@ pub(crate) unsafe fn product<K: Kernel>(
     epilogue: &mut Epilogue<'_, K::Element>,
 ) {
     let (rows, columns) = (terms[0].left.rows(), terms[0].right.columns());
-    for term in terms {
-        assert_eq!(term.left.columns(), term.right.rows(), "inner sizes of a product");
-        assert_eq!((term.left.rows(), term.right.columns()), (rows, columns), "sizes of terms");
-    }
+    check_sizes(terms);
     const {
         assert!((COLUMN_BYTES / size_of::<K::Unit>()).is_multiple_of(K::PANEL), "whole panels");
         assert!(CHUNK_COLUMNS.is_multiple_of(K::PANEL), "whole panels");
@@ -160,11 +165,7 @@ pub(crate) unsafe fn product<K: Kernel>(
         return;
     }
     if blocks.is_empty() {
-        for (row, column) in (0..rows).flat_map(|row| (0..columns).step_by(K::PANEL).map(move |column| (row, column))) {
-            sums.tile.clear();
-            sums.tile.resize(K::PANEL, K::Sum::zero());
-            finish::<K>(epilogue, row, column, columns, &mut sums.tile);
-        }
+        finish_empty::<K>(sums, (rows, columns), epilogue);
         return;
     }
     let few = rows <= K::ROWS;
@@ -185,13 +186,7 @@ pub(crate) unsafe fn product<K: Kernel>(
         let stage = Stage { rows, columns, stride, few, first: position == 0, last: position + 1 == blocks.len() };
         for (index, step) in steps.iter().enumerate() {
             let right = terms[step.term].right;
-            let mut ahead = match (steps.get(index + if few && !step.plain { CHUNKS_AHEAD } else { 1 }), &after) {
-                (Some(step), _) => memory(right, step.chunk.clone(), step.columns.clone()),
-                (None, Some((right, depth))) => {
-                    memory(*right, depth.clone(), 0..right.columns().min(step.columns.len()))
-                }
-                (None, None) => Ahead::nothing(),
-            };
+            let mut ahead = following(&steps[index..], terms, after.clone(), few);
             if step.plain {
                 let source = Source::Memory(plain::<K>(right, step));
                 // SAFETY: the step's chunk lies in the factor; features: our caller.
@@ -257,6 +252,21 @@ fn portion<K: Kernel>(ahead: &Ahead, step: &Step, few: bool, panels: usize, call
     }
 }
 
+/// The memory to announce during the first of these steps: that of a later one or, behind the last, of the block `after`.
+fn following<E: Copy>(
+    steps: &[Step],
+    terms: &[Term<'_, E>],
+    after: Option<(Factor<'_, E>, Range<usize>)>,
+    few: bool,
+) -> Ahead {
+    let current = &steps[0];
+    match (steps.get(if few && !current.plain { CHUNKS_AHEAD } else { 1 }), after) {
+        (Some(step), _) => memory(terms[step.term].right, step.chunk.clone(), step.columns.clone()),
+        (None, Some((right, depth))) => memory(right, depth, 0..right.columns().min(current.columns.len())),
+        (None, None) => Ahead::nothing(),
+    }
+}
+
 /// Multiplies all rows of a packed block by the columns of one step.
 ///
 /// # Safety
@@ -273,8 +283,7 @@ unsafe fn multiply_step<K: Kernel>(
     epilogue: &mut Epilogue<'_, K::Element>,
 ) {
     let Stage { rows, columns, stride, few, first, last } = stage;
-    let units = step.chunk.len().div_ceil(K::DEPTH);
-    let done = (step.chunk.start - step.block.start) / K::DEPTH;
+    let (units, done) = (step.chunk.len().div_ceil(K::DEPTH), (step.chunk.start - step.block.start) / K::DEPTH);
     let whole = step.chunk.end == step.block.end;
     let (to_partial, add_partial) = (whole && !last, whole && !first);
     let panels = if step.plain { panels_at_once::<K>(rows) } else { 1 };
@@ -295,13 +304,8 @@ unsafe fn multiply_step<K: Kernel>(
                 std::ptr::null_mut()
             };
             if whole && last {
-                for i in 0..count {
-                    let place = epilogue.place(row + i, column);
-                    for vector in 0..VECTORS {
-                        // SAFETY: an announcement; features: our caller.
-                        unsafe { K::prefetch_near(place.wrapping_add(vector * K::LANES)) };
-                    }
-                }
+                // SAFETY: features: our caller.
+                unsafe { announce_places::<K>(epilogue, row..row + count, column) };
             }
             // The first of the panels that are computed at once stands for all: one place from which sums are finished.
             if offset & (panels * K::PANEL - 1) == 0 {
@@ -326,6 +330,35 @@ unsafe fn multiply_step<K: Kernel>(
             if whole && last {
                 finish::<K>(epilogue, row, column, columns, &mut tile[..count * K::PANEL]);
             }
+        }
+    }
+}
+
+/// Gives the epilogue the sums of nothing.
+#[inline(always)]
+fn finish_empty<K: Kernel>(
+    sums: &mut Sums<K::Sum>,
+    (rows, columns): (usize, usize),
+    epilogue: &mut Epilogue<'_, K::Element>,
+) {
+    for (row, column) in (0..rows).flat_map(|row| (0..columns).step_by(K::PANEL).map(move |column| (row, column))) {
+        sums.tile.clear();
+        sums.tile.resize(K::PANEL, K::Sum::zero());
+        finish::<K>(epilogue, row, column, columns, &mut sums.tile);
+    }
+}
+
+/// Announces where the epilogue will write rows of a panel's columns.
+///
+/// # Safety
+/// The processor has the kernel's features.
+#[inline(always)]
+unsafe fn announce_places<K: Kernel>(epilogue: &mut Epilogue<'_, K::Element>, rows: Range<usize>, column: usize) {
+    for row in rows {
+        let place = epilogue.place(row, column);
+        for vector in 0..VECTORS {
+            // SAFETY: an announcement; features: our caller.
+            unsafe { K::prefetch_near(place.wrapping_add(vector * K::LANES)) };
         }
     }
 }
