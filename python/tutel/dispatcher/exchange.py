@@ -70,7 +70,7 @@ class _Sent:
 
 
 class ExchangeDispatcher(ABC):
-    """What the two ways to exchange rows have in common."""
+    """What the ways to exchange rows have in common."""
 
     def __init__(self, options: ExchangeOptions) -> None:
         self.options = options
