@@ -53,7 +53,7 @@ test: ## run every check, with the wheel as users get it
 
 lane-rust lane-python: lane-%:
 	@for check in $(if $(filter rust,$*),$(RUST_LANE),$(PYTHON_LANE)); do \
-		$(MAKE) --no-print-directory $$check || exit 1; done
+		MAKEFLAGS= $(MAKE) --no-print-directory $$check || exit 1; done
 
 lint: lint-rust lint-python ## check formatting, lints, types, stubs, documentation and licences
 
@@ -109,8 +109,8 @@ instructions: ## compare the instructions that kernels take with benches/instruc
 instructions-accept: ## accept the present counts of instructions
 	@$(PYTHON) benches/instructions.py --accept
 
-# Workers with one thread each (see tests/conftest.py); tests that must not run at the same time are in one group.
-PYTEST_WORKERS := --numprocesses=logical --maxprocesses=4 --dist=loadgroup
+# Workers with one thread each (see tests/conftest.py); tests that must not run at the same time are in one file.
+PYTEST_WORKERS := --numprocesses=logical --maxprocesses=4 --dist=loadfile
 test-python: setup ## run pytest against the installed wheel
 	@echo "== pytest, with the installed wheel"
 	@$(RUN) tests/packaging/error_paths.py

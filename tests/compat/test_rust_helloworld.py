@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 SMALL = ["--batch_size=2", "--num_tokens=64", "--model_dim=48", "--hidden_size=80", "--num_steps=4"]
 LOSS = re.compile(r"STEP-\d+: DONE, loss = (\S+), step_time = \S+ sec, perf = \S+ tflops\.")
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("rust helloworld")]  # built once
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,6 @@ from ranks import run_ranks
 from tutel import net
 from tutel.examples import _shared
 
-# They share what the ranks computed.
-pytestmark = mark.xdist_group("examples of ranks")
-
 TINY = ["--batch_size=2", "--num_tokens=12", "--model_dim=8", "--hidden_size=12", "--device=cpu", "--dtype=float64"]
 ONCE = "--num_steps=1"
 UNTRAINED = "without a learning rate"

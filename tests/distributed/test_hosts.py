@@ -4,10 +4,8 @@ import os
 import subprocess
 
 from programs import TINY, finish, losses, missing, need, run, started
-from pytest import fixture, mark
+from pytest import fixture
 from test_launch import expected
-
-pytestmark = mark.xdist_group("network namespaces")
 
 HELLOWORLD = ["-m", "tutel.examples.helloworld", *TINY]
 

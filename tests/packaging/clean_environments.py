@@ -17,7 +17,7 @@ OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = "2.10"
 REQUIREMENTS = [f"torch=={OLDEST_TORCH}.*", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "numpy>=1.26"]
 TESTS = ["tests/unit", "tests/parity"]
-WORKERS = ["--numprocesses=logical", "--maxprocesses=4", "--dist=loadgroup"]
+WORKERS = ["--numprocesses=logical", "--maxprocesses=4", "--dist=loadfile"]
 
 
 def oldest_python() -> str | None:

@@ -7,7 +7,7 @@ import pytest
 from environments import Environment, run
 
 # They build in one folder, where cargo lets one build go on at a time.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("builds")]
+pytestmark = pytest.mark.slow
 
 TINY = ["--batch_size=1", "--num_tokens=8", "--model_dim=8", "--hidden_size=8", "--num_steps=2", "--device=cpu"]
 

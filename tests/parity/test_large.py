@@ -7,8 +7,6 @@ import torch
 from tutel.functional import combine, dispatch, grouped_gemm, select_experts
 
 BOUNDARY = 2**31
-# One after the other: each needs much memory.
-pytestmark = pytest.mark.xdist_group("large")
 
 
 def need_memory(gibibytes):

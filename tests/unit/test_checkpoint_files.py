@@ -328,8 +328,10 @@ def test_a_full_disk(tmp_path, layer, monkeypatch):
 def test_a_command_that_is_stopped(tmp_path, number):
     """It is stopped once its first file is written; nothing of it stays."""
     program = f"""
-import os, sys, time
+import os, signal, sys, time
 from tutel.checkpoint import files, scatter
+# Programs in the background of a shell ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 add = files.Outputs.add
 def slow(self, path, content):
     add(self, path, content)
