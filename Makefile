@@ -53,7 +53,7 @@ test: ## run every check, with the wheel as users get it
 
 lane-rust lane-python: lane-%:
 	@for check in $(if $(filter rust,$*),$(RUST_LANE),$(PYTHON_LANE)); do \
-		MAKEFLAGS= $(MAKE) --no-print-directory $$check || exit 1; done
+		MAKEFLAGS= $(MAKE) --no-print-directory --output-sync=target $$check || exit 1; done
 
 lint: lint-rust lint-python ## check formatting, lints, types, stubs, documentation and licences
 
