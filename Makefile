@@ -43,10 +43,10 @@ demo: setup ## train the helloworld layer on whatever device is there
 	@$(RUN) -m tutel.examples.helloworld --batch_size=2 --num_steps=10
 
 # Two lanes side by side, since most checks keep one processor busy, or none while they download. Cargo's own stand in
-# one: they would wait for each other's build folder. What a check prints appears when it ends. Then pytest, on all
-# processors; the last line printed is its count.
-RUST_LANE := lint-rust test-rust test-valgrind test-aarch64 test-asan
-PYTHON_LANE := setup lint-python instructions test-wheel
+# one, since they would wait for each other's build folder, but AddressSanitizer's, which has its own. What a check
+# prints appears when it ends. Then pytest, on all processors; the last line printed is its count.
+RUST_LANE := lint-rust test-rust test-valgrind test-aarch64
+PYTHON_LANE := setup lint-python instructions test-wheel test-asan
 test: ## run every check, with the wheel as users get it
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lane-rust lane-python
 	@$(MAKE) --no-print-directory test-python
