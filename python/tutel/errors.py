@@ -2,7 +2,7 @@
 
 import numbers
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -111,6 +111,22 @@ def check_bool(name: str, value: Any) -> bool:
     if not known:
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
+
+
+T = TypeVar("T")
+
+
+def check_choice(name: str, value: object, allowed: Iterable[T]) -> T:
+    """Check a name against those that are known; None is one if it is among them.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    known = tuple(allowed)
+    for choice in known:
+        if value == choice:
+            return choice
+    raise ValueError(f"{name} must be {one_of(map(repr, known))}, got {value!r}")
 
 
 def check_keys(name: str, options: Collection[str], allowed: Collection[str]) -> None:

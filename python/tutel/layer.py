@@ -136,6 +136,8 @@ class MOELayer(nn.Module):
         )
         self._check_megatron(gate_configs, experts_config)
         self.valid_rs = config.parallel_degrees(experts_config, self.sharded_count, self.world_size)
+        if self._shard_degree not in self.valid_rs:
+            raise ValueError(f"parallel_type={parallel_type!r}: r must be one of {self.valid_rs} for these experts")
 
         shared, local, after = config.check_seeds(seeds)
         _seed(local)

@@ -335,3 +335,15 @@ def capped() -> tuple[int, bool]:
 
 def test_capacities_beyond_all_tokens_and_copies_of_layers() -> None:
     assert run_ranks(capped, 2) == [(5, True)] * 2
+
+
+def modules_everywhere() -> str:
+    with pytest.raises(
+        ValueError, match=r"parallel_type='adaptive:0': r must be one of \[1\] for these experts"
+    ) as error:
+        MOELayer({"type": "top", "k": 1}, MODEL_DIM, [Lazy()], parallel_type="adaptive:0")
+    return str(error.value)
+
+
+def test_modules_of_a_user_are_not_gathered() -> None:
+    assert len(run_ranks(modules_everywhere, 2)) == 2

@@ -15,7 +15,7 @@ from tutel.checkpoint.keys import COUNT, Layer, find_layers, layer_of, numbered
 from tutel.checkpoint.llama import is_flat, unflatten
 from tutel.checkpoint.older import FileLayout, check_file_layout, layout_of, modern
 from tutel.checkpoint.same import same
-from tutel.errors import check_int, one_of
+from tutel.errors import check_choice, check_int
 
 State = Mapping[str, Any]
 #: What becomes of values that ought to be the same on all ranks, and are not: 'first' takes the first rank's, 'drop'
@@ -118,12 +118,7 @@ def check_allow_different(allow_different: object) -> AllowDifferent | None:
     Raises:
         ValueError: If there is no such name.
     """
-    for known in _ALLOWED:
-        if allow_different == known:
-            return known
-    if allow_different is None:
-        return None
-    raise ValueError(f"allow_different must be None or {one_of(map(repr, _ALLOWED))}, got {allow_different!r}")
+    return check_choice("allow_different", allow_different, (None, *_ALLOWED))
 
 
 def common_layers(states: Sequence[State], titles: Sequence[str], default: int | None) -> list[Layer]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tutel.checkpoint.errors import CheckpointError
 from tutel.checkpoint.keys import Layer, numbered
-from tutel.errors import one_of
+from tutel.errors import check_choice
 from tutel.experts.legacy import LAYOUTS, NAMES
 
 #: 'batched' are tensors [e, ...], 'modules' one module an expert with its number in the keys. 'megatron' are the parts
@@ -30,12 +30,7 @@ def check_file_layout(layout: object) -> FileLayout | None:
     Raises:
         ValueError: If there is no such layout.
     """
-    for known in FILE_LAYOUTS:
-        if layout == known:
-            return known
-    if layout is None:
-        return None
-    raise ValueError(f"layout must be None or {one_of(map(repr, FILE_LAYOUTS))}, got {layout!r}")
+    return check_choice("layout", layout, (None, *FILE_LAYOUTS))
 
 
 def layout_of(

@@ -14,10 +14,8 @@ def bandwidth(text: str) -> float:
     Raises:
         ArgumentTypeError: If it is nothing of the kind.
     """
-    found = re.fullmatch(_NUMBER + r"([kKMGTP]?)(B|bit)?(?:/s)?", text.strip())
-    if found is None:
-        raise ArgumentTypeError(f"must be bytes a second such as 12.5GB or 100Gbit, got {text!r}")
-    return float(found[1]) * _PREFIXES[found[2]] / (8 if found[3] == "bit" else 1)
+    number, prefix, unit = _read(text, r"([kKMGTP]?)(B|bit)?(?:/s)?", "bytes a second such as 12.5GB or 100Gbit")
+    return float(number) * _PREFIXES[prefix] / (8 if unit == "bit" else 1)
 
 
 def duration(text: str) -> float:
@@ -26,10 +24,8 @@ def duration(text: str) -> float:
     Raises:
         ArgumentTypeError: If it is nothing of the kind.
     """
-    found = re.fullmatch(_NUMBER + r"(s|ms|us|µs|ns)?", text.strip())
-    if found is None:
-        raise ArgumentTypeError(f"must be a time such as 5us or 2e-6, got {text!r}")
-    return float(found[1]) * _TIMES[found[2] or ""]
+    number, unit = _read(text, r"(s|ms|us|µs|ns)?", "a time such as 5us or 2e-6")
+    return float(number) * _TIMES[unit]
 
 
 def rate(text: str) -> float:
@@ -38,10 +34,16 @@ def rate(text: str) -> float:
     Raises:
         ArgumentTypeError: If it is nothing of the kind.
     """
-    found = re.fullmatch(_NUMBER + r"([kKMGTP]?)(?:FLOPS|FLOP/s)?", text.strip())
+    number, prefix = _read(text, r"([kKMGTP]?)(?:FLOPS|FLOP/s)?", "operations a second such as 312T")
+    return float(number) * _PREFIXES[prefix]
+
+
+def _read(text: str, units: str, wanted: str) -> tuple[str, ...]:
+    """Return a number's text and what its units' groups have found."""
+    found = re.fullmatch(_NUMBER + units, text.strip())
     if found is None:
-        raise ArgumentTypeError(f"must be operations a second such as 312T, got {text!r}")
-    return float(found[1]) * _PREFIXES[found[2]]
+        raise ArgumentTypeError(f"must be {wanted}, got {text!r}")
+    return found.groups(default="")
 
 
 def show_bytes(size: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tutel.config.experts import ExpertsConfig, ModulesConfig
-from tutel.errors import check_int, one_of
+from tutel.errors import check_choice, check_int, one_of
 
 #: What rows may be narrowed to while they travel.
 WIRE_DTYPES = ("bfloat16", "float8_e4m3")
@@ -98,15 +98,13 @@ def exchange_config(kind: object, *, use_2dh: bool, wire_dtype: object) -> Excha
     Raises:
         ValueError: If a name is unknown, or the hierarchy is asked for where there is none.
     """
-    if kind not in EXCHANGES:
-        raise ValueError(f"exchange must be {one_of(map(repr, EXCHANGES))}, got {kind!r}")
-    if wire_dtype is not None and wire_dtype not in WIRE_DTYPES:
-        raise ValueError(f"wire_dtype must be None, {one_of(map(repr, WIRE_DTYPES))}, got {wire_dtype!r}")
-    if use_2dh and kind != "ragged":
-        raise ValueError(f"use_2dh=True needs exchange='ragged', got {kind!r}")
-    if wire_dtype is not None and kind == "gather":
-        raise ValueError(f"wire_dtype={wire_dtype!r} does not apply to exchange='gather'")
-    return ExchangeConfig(str(kind), use_2dh, None if wire_dtype is None else str(wire_dtype))
+    known = check_choice("exchange", kind, EXCHANGES)
+    wire = check_choice("wire_dtype", wire_dtype, (None, *WIRE_DTYPES))
+    if use_2dh and known != "ragged":
+        raise ValueError(f"use_2dh=True needs exchange='ragged', got {known!r}")
+    if wire is not None and known == "gather":
+        raise ValueError(f"wire_dtype={wire!r} does not apply to exchange='gather'")
+    return ExchangeConfig(known, use_2dh, wire)
 
 
 def check_seeds(seeds: Any) -> tuple[int | None, int | None, int | None]:

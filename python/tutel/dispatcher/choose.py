@@ -48,6 +48,7 @@ class Dispatchers:
         self.shards = shards
         self.weigh_inputs = weigh_inputs
         self.exchange = exchange
+        self._skip_exchange = env.skip_exchange()
         self._made: dict[tuple[int, int], Dispatcher] = {}
 
     def choose(self, degree: int, chunks: int) -> Dispatcher:
@@ -73,7 +74,7 @@ class Dispatchers:
             "adaptive_r": degree,
             "a2a_ffn_overlap_degree": chunks,
             "is_postscore": not self.weigh_inputs,
-            "SKIP_A2A": env.skip_exchange(),
+            "SKIP_A2A": self._skip_exchange,
             "SKIP_EXPERT": skip_expert,
             "the number of experts": plan.num_experts,
             "model_dim": tokens.shape[1],
@@ -106,5 +107,6 @@ class Dispatchers:
             node_size=node if 1 < node < ranks else None,
             wire=Wire(self.exchange.wire_dtype),
             weigh_inputs=self.weigh_inputs,
+            skip=self._skip_exchange,
         )
         return _KINDS[self.exchange.kind](options)

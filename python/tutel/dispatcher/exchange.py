@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tutel import env
 from tutel.dispatcher.send import SendPlan, plan_padded, plan_rows, send_plan, split_slots, split_tokens
 from tutel.distributed.agreement import agree
 from tutel.distributed.exchange import tie
@@ -32,7 +31,7 @@ from tutel.distributed.trip import (
 )
 from tutel.distributed.wire import Wire
 from tutel.experts import ExpertWork, PaddedRows, Rows
-from tutel.functional import Routes, accumulator_dtype, combine, dispatch
+from tutel.functional import Routes, accumulator_dtype, combine, dispatch, padded_rows
 from tutel.route import RoutePlan
 
 
@@ -48,6 +47,7 @@ class ExchangeOptions:
         node_size: Ranks of a node if rows go inside nodes first, then across; None if they go straight.
         wire: How rows are written while they travel.
         weigh_inputs: Whether weights multiply the experts' inputs instead of their outputs.
+        skip: Whether rows stay where they are, to measure all but the exchange.
     """
 
     group: Group
@@ -57,6 +57,7 @@ class ExchangeOptions:
     node_size: int | None = None
     wire: Wire = field(default_factory=Wire)
     weigh_inputs: bool = False
+    skip: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class ExchangeDispatcher(ABC):
         work: ExpertWork,
     ) -> list[Tensor]:
         """Send, compute, bring back and combine all chunks."""
-        if env.skip_exchange():
+        if self.options.skip:
             trips = [stay_trip(plan.counts) for plan, _ in plans]
         sent = [self._send(*parts) for parts in zip(tokens, plans, trips, strict=True)]
         back = []
@@ -167,7 +168,7 @@ def compute_arrivals(data: Tensor, arrivals: Tensor, work: ExpertWork) -> Tensor
         work: The experts. They read each row where it is: sorting rows by expert is part of packing them.
     """
     per_expert = arrivals.sum(0)
-    experts, total = arrivals.shape[1], data.shape[0]
+    experts = arrivals.shape[1]
     offsets = torch.zeros(experts + 1, dtype=torch.int64)
     offsets[1:] = per_expert.cumsum(0)
     if work.padded:
@@ -178,9 +179,8 @@ def compute_arrivals(data: Tensor, arrivals: Tensor, work: ExpertWork) -> Tensor
     move = transpose_blocks(arrivals)
     order, inverse = move.order.to(data.device), move.inverse.to(data.device).unsqueeze(1)
     if work.takes_tokens(data):
-        ids = torch.arange(experts, dtype=torch.int32).repeat(arrivals.shape[0])
-        topk_ids = torch.repeat_interleave(ids, arrivals.reshape(-1), output_size=total).to(data.device).unsqueeze(1)
-        ones = torch.ones((total, 1), dtype=accumulator_dtype(data.dtype), device=data.device)
+        topk_ids = _experts_of(arrivals).to(data.device).unsqueeze(1)
+        ones = torch.ones((data.shape[0], 1), dtype=accumulator_dtype(data.dtype), device=data.device)
         return work.compute_tokens(data, Routes(topk_ids, ones, inverse, order), offsets)
     rows = work.compute(Rows(dispatch(data, inverse, order), offsets)).data
     return dispatch(rows, order.unsqueeze(1), inverse.squeeze(1))
@@ -189,13 +189,17 @@ def compute_arrivals(data: Tensor, arrivals: Tensor, work: ExpertWork) -> Tensor
 def _compute_padded(data: Tensor, arrivals: Tensor, offsets: Tensor, work: ExpertWork) -> Tensor:
     """Give each expert equally many rows, the received ones first."""
     experts, capacity = arrivals.shape[1], int(arrivals.sum(0).max())
-    expert_major = transpose_blocks(arrivals).inverse
-    ids = torch.arange(experts).repeat(arrivals.shape[0])
-    ids = torch.repeat_interleave(ids, arrivals.reshape(-1), output_size=data.shape[0])
-    places = expert_major - offsets[ids] + ids * capacity
-    row_choice = torch.full((experts * capacity,), -1, dtype=torch.int64)
-    row_choice[places] = torch.arange(data.shape[0])
-    row_index, row_choice = places.to(data.device).unsqueeze(1), row_choice.to(data.device)
+    ids = _experts_of(arrivals)
+    slots = (transpose_blocks(arrivals).inverse - offsets[ids]).to(torch.int32)
+    row_index, row_choice = padded_rows(
+        ids.to(data.device).unsqueeze(1), slots.to(data.device).unsqueeze(1), experts, capacity
+    )
     padded = PaddedRows(dispatch(data, row_index, row_choice).view(experts, capacity, data.shape[1]))
     output = work.compute(padded).data
     return combine(output.reshape(-1, output.shape[2]), row_index, row_choice)
+
+
+def _experts_of(arrivals: Tensor) -> Tensor:
+    """Return which expert each row that arrived is for, [R] int32."""
+    ids = torch.arange(arrivals.shape[1], dtype=torch.int32).repeat(arrivals.shape[0])
+    return torch.repeat_interleave(ids, arrivals.reshape(-1))

@@ -37,6 +37,7 @@ def exchange_counts(counts: Tensor, group: Group) -> Tensor:
     Returns:
         [W, n] int64 on the CPU: what the ranks told this one.
     """
+    # Not transport.exchange: the layer has compared what ranks do, and this is once a forward.
     answer = torch.empty_like(counts, memory_format=torch.contiguous_format)
     with stage("exchange of the numbers of rows", group):
         distributed.all_to_all_single(answer, counts.contiguous(), group=group)
